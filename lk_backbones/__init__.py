@@ -1,3 +1,16 @@
-"""Large-kernel ConvNets for timm, segmentation-models-pytorch and Lightning."""
+"""Large-kernel ConvNets for timm, segmentation-models-pytorch and Lightning.
+
+Importing this package registers its encoders with timm and with segmentation-models-pytorch::
+
+    import lk_backbones
+    import segmentation_models_pytorch as smp
+
+    model = smp.UPerNet("replknet_31b", encoder_weights=None, classes=19)
+"""
+
+from lk_backbones.encoders import list_encoders
+from lk_backbones.layers.reparam import reparameterize
+
+__all__ = ["list_encoders", "reparameterize"]
 
 __version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""Structural re-parameterisation: train with parallel branches and norms, deploy one convolution.
+
+Every foldable module here has ``reparameterize()``, the hook that ``timm.utils.reparameterize_model`` calls, so timm's
+function and :func:`reparameterize` below do the same. A fold computes in float64 and never changes the function that
+the module computes in ``eval()`` mode.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils.model import reparameterize_model
+
+from lk_backbones.layers.depthwise import DepthwiseConv2d
+
+__all__ = ["ConvNorm", "ReparamLargeKernelConv2d", "fold_norm_into_next", "fold_norm_into_previous", "reparameterize"]
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift, float64 ``(C,)``, of a batch norm with frozen statistics."""
+    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+
+
+def _set_folded(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Replace the parameters of ``conv`` by folded ones, keeping its dtype, device and memory format."""
+    like = conv.weight
+    requires_grad = like.requires_grad
+    conv.weight = nn.Parameter(weight.to(like.dtype), requires_grad=requires_grad)
+    conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
+
+
+def _weight_and_bias(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = conv.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    return weight, bias
+
+
+def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Fold the batch norm that follows ``conv`` into it, in place.
+
+    Args:
+        conv: Convolution with weight ``(O, I, kH, kW)``.
+        norm: Batch norm over its ``O`` output channels, read in ``eval()`` sense (running statistics).
+    """
+    weight, bias = _weight_and_bias(conv)
+    scale, shift = _affine(norm)
+    _set_folded(conv, weight * scale[:, None, None, None], bias * scale + shift)
+
+
+def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> None:
+    """Fold the batch norm in front of a 1×1 convolution into that convolution, in place.
+
+    Args:
+        norm: Batch norm over the ``I`` input channels of ``conv``.
+        conv: Dense convolution with weight ``(O, I, 1, 1)`` and no padding. With padding the fold would be wrong at the
+            border, where the convolution sees zeros rather than normalised zeros.
+
+    Raises:
+        ValueError: If ``conv`` is padded, grouped or larger than 1×1.
+    """
+    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding not in ((0, 0), 0):
+        raise ValueError(f"a norm folds only into a following dense 1x1 convolution without padding, got {conv}")
+    weight, bias = _weight_and_bias(conv)
+    scale, shift = _affine(norm)
+    _set_folded(conv, weight * scale[None, :, None, None], bias + weight[:, :, 0, 0] @ shift)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and, optionally, an activation; folds into one convolution.
+
+    timm's ``ConvNormAct`` keeps its activation inside the norm, where ``SyncBatchNorm.convert_sync_batchnorm`` (which
+    Lightning's ``sync_batchnorm=True`` calls) loses it; here the three stay separate modules.
+
+    Args:
+        in_channels: Channels of the input ``(N, in_channels, H, W)``.
+        out_channels: Channels of the output ``(N, out_channels, H', W')``.
+        kernel_size: Odd kernel size; the padding keeps the map's size at stride 1.
+        stride: Stride; sizes round up.
+        dilation: Distance between the kernel's taps, in pixels.
+        groups: ``1``, or ``in_channels == out_channels`` for a depthwise convolution.
+        act: Whether a ReLU follows.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        act: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        conv_type = DepthwiseConv2d if groups == in_channels == out_channels and groups > 1 else nn.Conv2d
+        self.conv = conv_type(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
+        return self.act(self.bn(self.conv(x)))
+
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, in place; a second call changes nothing."""
+        if not isinstance(self.bn, nn.Identity):
+            fold_norm_into_previous(self.conv, self.bn)
+            self.bn = nn.Identity()
+
+
+class ReparamLargeKernelConv2d(nn.Module):
+    """Large depthwise convolution with a parallel small one, each with its own norm (RepLKNet, arXiv 2203.06717, §3).
+
+    The small branch only eases training: it catches the local detail that a large kernel learns slowly. After
+    :meth:`reparameterize` a single convolution with a bias remains.
+
+    Args:
+        channels: Channels of input and output, ``(N, channels, H, W)``.
+        kernel_size: Odd size of the large kernel; it may exceed the map.
+        small_kernel: Odd size of the parallel kernel, or ``None`` for none. It is also left out where it is not
+            smaller than ``kernel_size`` (so that a 3×3 ablation keeps one branch).
+        dilation: Distance between the taps of both kernels, in pixels.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If a kernel size is even or not positive.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None = 5,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("kernel_size", kernel_size), ("small_kernel", small_kernel)):
+            if size is not None and (size < 1 or size % 2 == 0):
+                raise ValueError(f"{name} must be a positive odd number, got {size}")
+
+        def branch(size: int) -> ConvNorm:
+            return ConvNorm(channels, channels, size, dilation=dilation, groups=channels, device=device, dtype=dtype)
+
+        self.large = branch(kernel_size)
+        self.small = branch(small_kernel) if small_kernel is not None and small_kernel < kernel_size else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(N, channels, H, W)`` to the same shape."""
+        out = self.large(x)
+        if self.small is not None:
+            out = out + self.small(x)
+        return out
+
+    def reparameterize(self) -> None:
+        """Fold both norms and add the small kernel to the centre of the large one, in place."""
+        self.large.reparameterize()
+        if self.small is None:
+            return
+        self.small.reparameterize()
+        margin = (self.large.conv.kernel_size[0] - self.small.conv.kernel_size[0]) // 2
+        large_weight, large_bias = _weight_and_bias(self.large.conv)
+        small_weight, small_bias = _weight_and_bias(self.small.conv)
+        _set_folded(self.large.conv, large_weight + F.pad(small_weight, [margin] * 4), large_bias + small_bias)
+        self.small = None
+
+
+def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
+    """Fold every foldable module inside ``model`` for inference.
+
+    Takes anything that contains our encoders: an encoder, an smp model, a detector, a LightningModule. Call it once
+    training is over: the folded model has no batch norms left to train and cannot be unfolded.
+
+    Args:
+        model: The model; its outputs in ``eval()`` mode stay the same up to float rounding.
+        inplace: Whether to change ``model`` itself rather than a copy.
+
+    Returns:
+        The folded model, in ``eval()`` mode.
+    """
+    # The wrapper lets a foldable module be the root too: timm's function only looks at children.
+    return reparameterize_model(nn.Sequential(model), inplace=inplace)[0].eval()
