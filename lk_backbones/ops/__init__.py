@@ -1,1 +1,5 @@
-"""TODO"""
+"""Tensor operations: depthwise convolution with large kernels, fast without anything to compile."""
+
+from lk_backbones.ops.depthwise import depthwise_conv2d
+
+__all__ = ["depthwise_conv2d"]
