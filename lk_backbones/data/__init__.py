@@ -1,1 +1,19 @@
-"""TODO"""
+"""Data modules: data sets on disk and made up, as Lightning feeds them to a task."""
+
+from lk_backbones.data.ade20k import ADE20KDataModule
+from lk_backbones.data.cityscapes import CityscapesDataModule
+from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
+from lk_backbones.data.folder import SegmentationFolderDataModule
+from lk_backbones.data.pictures import PictureFolderDataModule
+from lk_backbones.data.segmentation import SegmentationDataModule, SegmentationDataset
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ADE20KDataModule",
+    "CityscapesDataModule",
+    "ClassTable",
+    "PictureFolderDataModule",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+    "SegmentationFolderDataModule",
+]

@@ -1,0 +1,67 @@
+"""Any folder of pictures, to run a trained model on."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lk_backbones.data.checks import require_files, require_folders
+from lk_backbones.data.classes import ClassTable
+from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
+from lk_backbones.data.sampling import default_pin_memory, evaluation_loader
+from lk_backbones.data.segmentation import FileSegmentationDataset, collate, default_num_workers
+from lk_backbones.data.transforms import eval_transform
+
+
+class PictureFolderDataModule(LightningDataModule):
+    """Pictures without labels: all below a folder, in natural order (``frame2`` before ``frame10``).
+
+    Pictures are turned as their EXIF orientation says; greyscale, palette, transparent, CMYK and 16-bit pictures become
+    RGB. Batches have ``image``, ``path`` and ``original_size``; see :mod:`lk_backbones.data.segmentation`.
+
+    Args:
+        folder: The folder, with sub-folders, or one picture.
+        batch_size: Pictures per device. More than 1 needs pictures of one size.
+        num_workers: Loading processes. None: as many as there are CPU cores for this process, at most 4.
+        test_size: ``(long side, short side)`` that pictures are fitted into, as in the training's evaluation. None: as
+            they are.
+        pin_memory: Whether to load into pinned memory. None: if there is a CUDA device.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int = 1,
+        num_workers: int | None = None,
+        test_size: tuple[int, int] | None = None,
+        pin_memory: bool | None = None,
+    ):
+        super().__init__()
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.num_workers = default_num_workers() if num_workers is None else num_workers
+        self.test_size = test_size
+        self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
+        self._dataset: FileSegmentationDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds the pictures.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or no picture in it.
+        """
+        if self.folder.is_file():
+            files = [self.folder]
+        else:
+            require_folders(self.folder, [], "pictures")
+            files = find_files(self.folder, IMAGE_EXTENSIONS)
+            require_files(files, self.folder)
+        no_classes = ClassTable((), (), {0: 0})
+        self._dataset = FileSegmentationDataset(files, None, no_classes, eval_transform(self.test_size), training=False)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader of all pictures."""
+        if self._dataset is None:
+            raise RuntimeError("The pictures are not set up: call setup() first (a Trainer does).")
+        return evaluation_loader(self._dataset, self.batch_size, self.num_workers, self.pin_memory, collate)

@@ -1,0 +1,152 @@
+"""The order of the training samples, and loaders that Lightning resumes exactly.
+
+What a training run sees is a pure function of (seed, epoch, position in the epoch): the order of the samples, and the
+seed of each sample's augmentation. A run that was killed and continues from a checkpoint, be it from the middle of an
+epoch, therefore sees what an undisturbed run would have seen; the number of workers does not matter.
+"""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class SampleKey(NamedTuple):
+    """What a training sampler asks of a data set: which sample, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+def derive_seed(*numbers: int) -> int:
+    """Returns a 64-bit seed that depends on all of the numbers (0 or more), well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class TrainingSampler(DistributedSampler[Any]):
+    """Shuffles the training samples and gives each an augmentation seed, with or without a process group.
+
+    It is a ``DistributedSampler``, so Lightning leaves it in place and tells it the epoch.
+
+    Args:
+        dataset: The data set; it must have a length.
+        seed: Together with the epoch it determines everything.
+
+    Attributes:
+        start: Number of this process's samples to leave out at the head of the epoch, because they were seen before
+            a restart. The length stays that of the whole epoch, as Lightning counts that way.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int = 0):
+        replicas, rank = _world()
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epoch = self.epoch
+        for number, index in enumerate(super().__iter__()):
+            if number >= self.start:
+                # Counted over all processes, so two of them with batch size 4 see what one with batch size 8 sees.
+                position = number * self.num_replicas + self.rank
+                yield SampleKey(index, derive_seed(self.seed, epoch, position))
+
+
+class TrainingLoader(DataLoader[Any]):
+    """A data loader whose epoch begins where a resumed run left off.
+
+    Lightning makes the iterator before it has told the sampler the epoch, and before it has worked out how many batches
+    of the epoch are done (it is resuming then). Hence the iterator is lazy: it starts with the first batch that is
+    asked for, when both are known.
+
+    Args:
+        *args: As for ``torch.utils.data.DataLoader``.
+        batches_done: Tells, when the first batch is asked for, how many batches of the running epoch were processed
+            before a restart. None: none.
+        **kwargs: As for ``torch.utils.data.DataLoader``.
+    """
+
+    def __init__(self, *args: Any, batches_done: Callable[[], int] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.batches_done = batches_done
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = self.batches_done() if self.batches_done is not None else 0
+        self.batches_done = None  # later epochs begin at their beginning
+        if isinstance(self.sampler, TrainingSampler):
+            self.sampler.start = batches * (self.batch_size or 1)
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns what the position in an epoch means anything for; Lightning keeps the position itself."""
+        replicas = getattr(self.sampler, "num_replicas", 1)
+        return {"samples": len(self.sampler), "batch_size": self.batch_size or 1, "processes": replicas}  # type: ignore[arg-type]
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Warns when a run is continued in the middle of an epoch that is now made up differently."""
+        now = self.state_dict()
+        changed = [f"{key} {state_dict[key]} -> {now[key]}" for key in now if state_dict.get(key, now[key]) != now[key]]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint was saved within an epoch, and since then the loader has changed ({', '.join(changed)}): "
+                "the rest of this epoch will repeat or leave out some samples."
+            )
+
+
+def evaluation_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    collate_fn: Callable[[list[Any]], Any],
+) -> DataLoader[Any]:
+    """Builds a loader that gives every sample once, in order, over all processes together.
+
+    The samplers that Lightning adds under DDP repeat samples until all processes have equally many, which falsifies
+    metrics; with this one two processes get exactly the metrics of one.
+
+    Raises:
+        ValueError: There are fewer samples than processes.
+    """
+    replicas, rank = _world()
+    sampler = None
+    if replicas > 1:
+        assert isinstance(dataset, Sized)
+        if len(dataset) < replicas:
+            raise ValueError(
+                f"{replicas} processes cannot share {len(dataset)} pictures: each needs at least one. Use fewer devices."
+            )
+        sampler = UnrepeatedDistributedSampler(dataset, num_replicas=replicas, rank=rank, shuffle=False)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        shuffle=False,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate_fn,
+        worker_init_fn=init_worker,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def init_worker(worker_id: int) -> None:
+    """Keeps OpenCV in a data-loading worker on one thread; the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def _world() -> tuple[int, int]:
+    """Returns (number of processes, rank of this one)."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0
+
+
+def default_pin_memory() -> bool:
+    """Pinned memory speeds up copies to CUDA devices, and only to these."""
+    return torch.cuda.is_available()

@@ -1,0 +1,209 @@
+"""Augmentation pipelines for semantic segmentation, as albumentations transforms.
+
+The training pipeline is the one of mmsegmentation, with which the published numbers of RepLKNet and its successors were
+made: resize by a random ratio, crop with at most 75 % of one class, flip, distort colours, pad. It differs in one point:
+see :func:`photometric_distortion`.
+
+Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the task
+normalises. Masks are uint8 class indices `(H, W)`, 255 where there is none.
+"""
+
+import os
+from typing import Any
+
+import cv2
+import numpy as np
+
+# albumentations asks the package index for its newest version when it is imported; an import must not use the network.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+from albumentations.core.transforms_interface import DualTransform
+from albumentations.core.type_definitions import Targets
+from albumentations.pytorch import ToTensorV2
+
+from lk_backbones.data.classes import IGNORE_INDEX
+
+#: Mean colour of ImageNet, RGB in [0, 1]. Padding with it is 0 after the usual normalisation.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+class ResizeByRatio(DualTransform):
+    """Resizes by a random ratio, keeping the shape: mmsegmentation's ``Resize(ratio_range=..., keep_ratio=True)``.
+
+    Args:
+        ratio_range: Smallest and largest ratio, drawn uniformly. ``(1, 1)`` resizes without chance, as for testing.
+        base_size: ``(long side, short side)`` in pixels at ratio 1: the picture is scaled to the largest size whose
+            long and short sides stay within. None: the picture's own size.
+        p: Probability.
+    """
+
+    _targets = (Targets.IMAGE, Targets.MASK)
+
+    def __init__(
+        self, ratio_range: tuple[float, float] = (0.5, 2.0), base_size: tuple[int, int] | None = None, p: float = 1.0
+    ):
+        super().__init__(p=p)
+        self.ratio_range = ratio_range
+        self.base_size = base_size
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the ratio and returns the new ``size``, ``(height, width)``."""
+        height, width = params["shape"][:2]
+        scale = self.py_random.uniform(*self.ratio_range)
+        if self.base_size is not None:
+            long_side, short_side = max(self.base_size), min(self.base_size)
+            scale *= min(long_side / max(height, width), short_side / min(height, width))
+        return {"size": (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))}
+
+    def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
+        """Resizes the picture, bilinear."""
+        return _resize(img, size, cv2.INTER_LINEAR)
+
+    def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
+        """Resizes the mask, nearest neighbour."""
+        return _resize(mask, size, cv2.INTER_NEAREST)
+
+
+def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    if array.shape[:2] == size:
+        return array
+    return cv2.resize(array, (size[1], size[0]), interpolation=interpolation)
+
+
+class RandomCropMaxRatio(DualTransform):
+    """Crops at random, so that no class covers too much of the crop: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
+
+    A crop is drawn again, up to ten times, when one class covers ``cat_max_ratio`` of its labelled pixels or more, or
+    when it holds fewer than two classes; the last draw is taken in any case. Ignored pixels are not counted. A side of
+    the picture that is shorter than the crop is kept whole.
+
+    Args:
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
+        cat_max_ratio: Share in (0, 1]; 1 takes the first draw.
+        ignore_index: Mask value of pixels that are not counted.
+        p: Probability.
+    """
+
+    _targets = (Targets.IMAGE, Targets.MASK)
+    tries = 10
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        cat_max_ratio: float = 0.75,
+        ignore_index: int = IGNORE_INDEX,
+        p: float = 1.0,
+    ):
+        super().__init__(p=p)
+        self.height = height
+        self.width = width
+        self.cat_max_ratio = cat_max_ratio
+        self.ignore_index = ignore_index
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        """The mask decides which crops are taken."""
+        return ["mask"]
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the crop and returns its ``box``, ``(top, bottom, left, right)``."""
+        mask = data["mask"]
+        box = self._draw(mask.shape[:2])
+        if self.cat_max_ratio < 1:
+            for _ in range(self.tries):
+                if self._is_varied(mask[box[0] : box[1], box[2] : box[3]]):
+                    break
+                box = self._draw(mask.shape[:2])
+        return {"box": box}
+
+    def _draw(self, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+        top = self.py_random.randint(0, max(shape[0] - self.height, 0))
+        left = self.py_random.randint(0, max(shape[1] - self.width, 0))
+        return top, min(top + self.height, shape[0]), left, min(left + self.width, shape[1])
+
+    def _is_varied(self, mask: np.ndarray) -> bool:
+        counts = np.bincount(mask.ravel(), minlength=self.ignore_index + 1)
+        counts[self.ignore_index] = 0
+        return bool(np.count_nonzero(counts) > 1 and counts.max() < self.cat_max_ratio * counts.sum())
+
+    def apply(self, img: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        """Cuts the box out of the picture."""
+        return img[box[0] : box[1], box[2] : box[3]]
+
+    def apply_to_mask(self, mask: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        """Cuts the box out of the mask."""
+        return mask[box[0] : box[1], box[2] : box[3]]
+
+
+def photometric_distortion() -> list[A.BasicTransform]:
+    """Returns mmsegmentation's ``PhotoMetricDistortion`` with its default strengths, composed from albumentations.
+
+    Each with probability 1/2: brightness (add up to ±32 of 255), contrast (multiply by 0.5 to 1.5), saturation (multiply
+    by 0.5 to 1.5), hue (turn by up to ±18 of 180 steps); contrast comes before saturation and hue or after them, with
+    equal chance. The one difference: saturation is changed by mixing with the grey picture, which leaves the brightness
+    of a pixel alone, and not by multiplying the S of HSV.
+    """
+    limit = 32 / 255
+
+    def contrast() -> A.BasicTransform:
+        return A.RandomBrightnessContrast(brightness_limit=(0, 0), contrast_limit=(-0.5, 0.5), p=0.5)
+
+    def colour() -> list[A.BasicTransform]:
+        return [
+            A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=(0.5, 1.5), hue=(0, 0), p=0.5),
+            A.HueSaturationValue(hue_shift_limit=18, sat_shift_limit=0, val_shift_limit=0, p=0.5),
+        ]
+
+    return [
+        A.RandomBrightnessContrast(brightness_limit=(-limit, limit), contrast_limit=(0, 0), p=0.5),
+        A.OneOf([A.Sequential([contrast(), *colour()], p=1), A.Sequential([*colour(), contrast()], p=1)], p=1),
+    ]
+
+
+def train_transform(
+    crop_size: tuple[int, int],
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    base_size: tuple[int, int] | None = None,
+    cat_max_ratio: float = 0.75,
+    image_fill: tuple[float, float, float] = IMAGENET_MEAN,
+    ignore_index: int = IGNORE_INDEX,
+) -> A.Compose:
+    """Builds the published training pipeline.
+
+    Args:
+        crop_size: ``(height, width)`` of the result.
+        scale_range: Smallest and largest random ratio.
+        base_size: ``(long side, short side)`` that a picture is fitted into at ratio 1; None: its own size.
+        cat_max_ratio: Largest share of one class in a crop.
+        image_fill: Colour of the padding right of and below pictures smaller than the crop, RGB in [0, 1].
+        ignore_index: Mask value of the padding and of pixels without a class.
+
+    Returns:
+        A transform that takes ``image`` and ``mask``.
+    """
+    return A.Compose(
+        [
+            ResizeByRatio(scale_range, base_size),
+            RandomCropMaxRatio(*crop_size, cat_max_ratio=cat_max_ratio, ignore_index=ignore_index),
+            A.HorizontalFlip(p=0.5),
+            *photometric_distortion(),
+            A.ToFloat(max_value=255),
+            # After the step to float32: the fill colour would be rounded otherwise.
+            A.PadIfNeeded(*crop_size, position="top_left", fill=image_fill, fill_mask=ignore_index),
+            ToTensorV2(),
+        ]
+    )
+
+
+def eval_transform(test_size: tuple[int, int] | None = None) -> A.Compose:
+    """Builds the pipeline for validation, test and prediction; it takes ``image`` only, as masks are never resized.
+
+    Args:
+        test_size: ``(long side, short side)`` that pictures are scaled to fit into, keeping their shape, e.g.
+            (2048, 512) for ADE20K. None: no resizing.
+    """
+    resize = [] if test_size is None else [ResizeByRatio((1.0, 1.0), test_size)]
+    return A.Compose([*resize, A.ToFloat(max_value=255), ToTensorV2()])
