@@ -4,16 +4,16 @@ Paper: "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs
 Reference code and weights: DingXiaoH/RepLKNet-pytorch, MIT licence for both. MegData73M, on which the XL weights were
 trained, is not public.
 
-The layout differs from the reference in one point: the transition (1×1 and strided depthwise 3×3 convolution) is part of
-the stage that follows it, so that timm's feature extraction sees one module per level; `checkpoint_filter_fn` renames
-the published keys.
+The layout differs from the reference in one point: the transition (1×1 and strided depthwise 3×3 convolution) is part
+of the stage that follows it, so that timm's feature extraction sees one module per level; `checkpoint_filter_fn`
+renames the published keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -54,7 +54,7 @@ class RepLKBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.BatchNorm2d(channels, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
         self.pw1 = ConvNorm(channels, depthwise_channels, 1, act=True, **dd)
         self.large_kernel = ReparamLargeKernelConv2d(depthwise_channels, kernel_size, small_kernel, dilation, **dd)
         self.act = nn.ReLU(inplace=True)
@@ -93,7 +93,7 @@ class ConvFFN(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.BatchNorm2d(channels, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
         self.pw1 = ConvNorm(channels, hidden_channels, 1, **dd)
         self.act = nn.GELU()
         self.pw2 = ConvNorm(hidden_channels, channels, 1, **dd)
@@ -153,13 +153,12 @@ class RepLKNetStage(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
+        self.downsample: nn.Module = nn.Identity()
         if transition:
             self.downsample = nn.Sequential(
                 ConvNorm(in_channels, channels, 1, act=True, **dd),
                 ConvNorm(channels, channels, 3, stride=stride, dilation=dilation[0], groups=channels, act=True, **dd),
             )
-        else:
-            self.downsample = nn.Identity()
         blocks: list[nn.Module] = []
         for drop_path in drop_path_rates or [0.0] * depth:
             blocks.append(
@@ -290,7 +289,7 @@ class RepLKNet(nn.Module):
         self.feature_norms = nn.ModuleList(nn.BatchNorm2d(c, **dd) for c in channels) if norm_features else None
 
         self.num_features = self.head_hidden_size = in_channels
-        self.norm = nn.BatchNorm2d(in_channels, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(in_channels, **dd)
         self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **_given(dd))
 
     @torch.jit.ignore
@@ -311,7 +310,7 @@ class RepLKNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass rather than keep its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            cast(RepLKNetStage, stage).grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -488,7 +487,7 @@ def _unfold_merged(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
         if f"{prefix}.large.conv.{kind}" in target or kind == "weight":
             out[f"{prefix}.large.conv.{kind}"] = value
             continue
-        eps = model.get_submodule(f"{prefix}.large.bn").eps
+        eps = cast(nn.BatchNorm2d, model.get_submodule(f"{prefix}.large.bn")).eps
         for branch in ("large", "small"):
             for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):
                 branch_key = f"{prefix}.{branch}.{name}"
@@ -529,8 +528,8 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 # Evaluated by warping the picture to 384x384 rather than by cropping, as the reference does at 384 and above.
-_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
-_XL = {
+_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
+_XL: dict[str, Any] = {
     "input_size": (3, 320, 320),
     "pool_size": (10, 10),
     "mean": (0.5, 0.5, 0.5),

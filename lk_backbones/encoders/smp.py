@@ -54,7 +54,7 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
     def _from_timm(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename timm's keys to those of timm's feature extractor, which flattens ``stem.0`` to ``stem_0``."""
         with torch.device("meta"):
-            model = timm.create_model(self.name, num_classes=0)
+            model: Any = timm.create_model(self.name, num_classes=0)
         filter_fn = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
         if filter_fn is not None:
             state_dict = filter_fn(state_dict, model)
@@ -82,7 +82,7 @@ class _NoHubWeights(dict):
         return self
 
     def __missing__(self, key: str) -> NoReturn:
-        tags = [tag for tag in timm.list_pretrained(f"{self.name}.*")]
+        tags = timm.list_pretrained(f"{self.name}.*")
         hint = (
             f"smp.create_model(arch, encoder_name='tu-{tags[0]}', encoder_weights=True) downloads a mirrored copy"
             if tags

@@ -7,7 +7,7 @@ the module computes in ``eval()`` mode.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -22,9 +22,12 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, float64 ``(C,)``, of a batch norm with frozen statistics."""
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+    """Scale and shift, float64 ``(C,)``, of a batch norm (of any class: plain, synchronised, frozen) in ``eval()``."""
+    weight, bias, mean, variance = (
+        getattr(norm, name).detach().double() for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight / (variance + norm.eps).sqrt()
+    return scale, bias - mean * scale
 
 
 def _set_folded(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -115,7 +118,7 @@ class ConvNorm(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.bn: nn.Module = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,4 +205,5 @@ def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
         The folded model, in ``eval()`` mode.
     """
     # The wrapper lets a foldable module be the root too: timm's function only looks at children.
-    return reparameterize_model(nn.Sequential(model), inplace=inplace)[0].eval()
+    folded: nn.Module = reparameterize_model(nn.Sequential(model), inplace=inplace)
+    return cast(ModuleType, folded.get_submodule("0").eval())

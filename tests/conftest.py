@@ -1,0 +1,67 @@
+"""Shared by all rooms: golden fixtures, randomised statistics, and the small encoders that tests may really run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import lk_backbones
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def count_parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+
+
+ALL_ENCODERS = lk_backbones.list_encoders()
+# A new family is tested by being registered; what is too big for a laptop is only built on the meta device.
+SMALL_ENCODERS = [name for name in ALL_ENCODERS if count_parameters(name) < 10e6]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "any_encoder" in metafunc.fixturenames:
+        metafunc.parametrize("any_encoder", ALL_ENCODERS)
+    if "small_encoder" in metafunc.fixturenames:
+        metafunc.parametrize("small_encoder", SMALL_ENCODERS)
+
+
+def load_golden(name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of a golden fixture, grouped by the prefix before the first dot."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(FIXTURES / f"{name}.safetensors").items():
+        group, _, rest = key.partition(".")
+        groups.setdefault(group, {})[rest] = value
+    return groups
+
+
+def load_manifest(name: str) -> dict[str, Any]:
+    """Keys and shapes of a published checkpoint."""
+    return json.loads(gzip.decompress((FIXTURES / f"keys_{name}.json.gz").read_bytes()))
+
+
+def assert_golden(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Compare relative to the largest expected value, as the golden fixtures ask."""
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"off by {error:.2e} of the largest value, allowed {tolerance:.0e}"
+
+
+def randomize_norms(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every batch norm statistics and weights of its own, so that a wrong fold shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            torch.nn.init.normal_(module.bias, 0, 0.2, generator=generator)
+    return model

@@ -1,0 +1,175 @@
+"""The timm surface, for every registered encoder: a new family is tested by being registered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from timm.utils.model import reparameterize_model
+
+import lk_backbones
+from lk_backbones.encoders.registry import register_encoder
+from tests.conftest import assert_golden, randomize_norms
+
+
+def test_listed_names_are_timm_models() -> None:
+    assert lk_backbones.list_encoders("replknet_31?") == [
+        "replknet_31b",
+        "replknet_31l",
+        "replknet_31n",
+        "replknet_31t",
+    ]
+    assert set(lk_backbones.list_encoders()) <= set(timm.list_models())
+
+
+def test_a_name_that_timm_owns_stays_timms() -> None:
+    def resnet18(pretrained: bool = False) -> None:
+        raise AssertionError("timm's own model was replaced")
+
+    before = lk_backbones.list_encoders()
+    register_encoder(resnet18)
+    assert type(timm.create_model("resnet18")).__name__ == "ResNet"
+    assert lk_backbones.list_encoders() == before
+
+
+def test_import_prints_nothing() -> None:
+    out = subprocess.run([sys.executable, "-c", "import lk_backbones"], capture_output=True, text=True, check=True)
+    assert out.stdout == out.stderr == ""
+
+
+def test_five_levels(any_encoder: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(any_encoder, features_only=True)
+        maps = model(torch.empty(1, 3, 64, 96))
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    for level, feature in enumerate(maps):
+        stride = 2 ** (level + 1)
+        assert feature.shape == (1, model.feature_info.channels()[level], 64 // stride, 96 // stride)
+
+
+def test_pretrained_configurations_name_real_modules(any_encoder: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(any_encoder)
+    tags = timm.list_models(f"{any_encoder}.*", pretrained=False, include_tags=True)
+    assert tags
+    for cfg in [model.pretrained_cfg] + [timm.get_pretrained_cfg(tag).to_dict() for tag in tags]:
+        assert isinstance(model.get_submodule(cfg["first_conv"]), torch.nn.Conv2d)
+        assert isinstance(model.get_submodule(cfg["classifier"]), torch.nn.Linear)
+        assert cfg["license"]
+        assert cfg["input_size"][1] // 32 == cfg["pool_size"][0]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (32, 160)])
+def test_features_only_equals_forward_intermediates(small_encoder: str, size: tuple[int, int]) -> None:
+    model = randomize_norms(timm.create_model(small_encoder)).eval()
+    extractor = timm.create_model(small_encoder, features_only=True).eval()
+    extractor.load_state_dict(
+        {
+            key: model.state_dict()[key if key in model.state_dict() else key.replace("_", ".", 1)]
+            for key in extractor.state_dict()
+        }
+    )
+    x = torch.randn(1, 3, *size)
+    final, maps = model.forward_intermediates(x)
+    for mine, timms in zip(maps, extractor(x), strict=True):
+        torch.testing.assert_close(mine, timms, rtol=0, atol=1e-5)
+    torch.testing.assert_close(final, model.forward_features(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.forward_head(final), model(x), rtol=0, atol=1e-5)
+    early = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(early, [maps[0], maps[2]], rtol=0, atol=1e-5)
+
+
+def test_prune_keeps_the_chosen_levels(small_encoder: str) -> None:
+    model = timm.create_model(small_encoder).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    assert model.prune_intermediate_layers([1, 3], prune_norm=True) == [1, 3]
+    assert len(model.stages) == 3
+    torch.testing.assert_close(model.forward_intermediates(x, indices=[1, 3], intermediates_only=True), expected)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_stride_keeps_resolution(small_encoder: str, output_stride: int) -> None:
+    model = timm.create_model(small_encoder, features_only=True, output_stride=output_stride).eval()
+    assert model.feature_info.reduction() == [min(s, output_stride) for s in (2, 4, 8, 16, 32)]
+    for feature, stride in zip(model(torch.randn(1, 3, 64, 96)), model.feature_info.reduction(), strict=True):
+        assert feature.shape[-2:] == (64 // stride, 96 // stride)
+
+
+def test_dilation_computes_the_same_function_more_densely(small_encoder: str) -> None:
+    # With stride 1 and dilated taps, every second pixel of the dense map is the strided map's.
+    strided = randomize_norms(timm.create_model(small_encoder, features_only=True)).eval().double()
+    dense = timm.create_model(small_encoder, features_only=True, output_stride=16).eval().double()
+    dense.load_state_dict(strided.state_dict())
+    x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    torch.testing.assert_close(dense(x)[-1][..., ::2, ::2], strided(x)[-1])
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_in_chans_and_classifier(small_encoder: str, in_chans: int) -> None:
+    model = timm.create_model(small_encoder, in_chans=in_chans, num_classes=7).eval()
+    x = torch.randn(2, in_chans, 64, 64)
+    assert model(x).shape == (2, 7)
+    assert model.get_classifier().out_features == 7
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    torch.testing.assert_close(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+def test_every_parameter_gets_a_gradient_also_when_checkpointing(small_encoder: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(small_encoder, num_classes=5).train()
+    x = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_layer_decay_falls_from_head_to_stem(small_encoder: str) -> None:
+    model = timm.create_model(small_encoder, num_classes=5)
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    parameters = dict(model.named_parameters())
+    first, last = next(iter(parameters)), "head.fc.weight"
+    assert scale[id(parameters[first])] == min(scale.values()) < scale[id(parameters[last])] == 1.0
+    for name, parameter in parameters.items():
+        assert decay[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0), name
+
+
+def test_timm_folds_to_the_same_outputs(small_encoder: str) -> None:
+    model = randomize_norms(timm.create_model(small_encoder)).eval()
+    x = torch.randn(1, 3, 64, 96)
+    assert_golden(reparameterize_model(model)(x), model(x), 1e-4)
+    assert sum(p.numel() for p in reparameterize_model(model).parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_odd_sizes_is_finite(small_encoder: str, dtype: torch.dtype) -> None:
+    model = timm.create_model(small_encoder).eval().to(dtype)
+    assert torch.isfinite(model(torch.randn(1, 3, 96, 32).to(dtype))).all()
+
+
+def test_script_trace_and_compile(small_encoder: str) -> None:
+    model = timm.create_model(small_encoder, num_classes=5).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for other in (torch.jit.script(model), torch.jit.trace(model, x)):
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)

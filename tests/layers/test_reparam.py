@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+
+from lk_backbones import reparameterize
+from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
+from tests.conftest import assert_golden, randomize_norms
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 7, 31])
+@pytest.mark.parametrize("small_kernel", [None, 3, 5])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_large_kernel_folds_into_one_convolution(kernel_size: int, small_kernel: int | None, dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = randomize_norms(ReparamLargeKernelConv2d(6, kernel_size, small_kernel, dilation)).double().eval()
+    assert (layer.small is not None) == (small_kernel is not None and small_kernel < kernel_size)
+    x = torch.randn(2, 6, 17, 23, dtype=torch.float64)
+    folded = reparameterize(layer)
+    assert [type(m).__name__ for m in folded.modules() if list(m.parameters(recurse=False))] == ["DepthwiseConv2d"]
+    torch.testing.assert_close(folded(x), layer(x), rtol=0, atol=1e-12)
+    layer.reparameterize()
+    layer.reparameterize()
+    torch.testing.assert_close(layer(x), folded(x), rtol=0, atol=0)
+
+
+def test_small_branch_adds_to_the_large_one() -> None:
+    layer = ReparamLargeKernelConv2d(4, 7, 3).eval()
+    x = torch.randn(1, 4, 9, 9)
+    torch.testing.assert_close(layer(x), layer.large(x) + layer.small(x))
+
+
+@pytest.mark.parametrize("kernel_size", [0, -3, 4])
+def test_even_kernels_are_refused(kernel_size: int) -> None:
+    with pytest.raises(ValueError, match=f"kernel_size must be a positive odd number, got {kernel_size}"):
+        ReparamLargeKernelConv2d(4, kernel_size)
+
+
+def test_norm_in_front_of_a_padded_convolution_is_refused() -> None:
+    with pytest.raises(ValueError, match="1x1"):
+        fold_norm_into_next(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fold_keeps_dtype_and_gradient_flag(dtype: torch.dtype) -> None:
+    layer = randomize_norms(ConvNorm(8, 8, 3, groups=8, act=True)).to(dtype).eval()
+    layer.conv.weight.requires_grad_(False)
+    x = torch.randn(1, 8, 12, 12, dtype=dtype)
+    folded = reparameterize(layer)
+    assert folded.conv.weight.dtype == dtype
+    assert not folded.conv.weight.requires_grad
+    assert_golden(folded(x).float(), layer(x).float(), 1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_sync_batchnorm_conversion_keeps_the_activation() -> None:
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(ConvNorm(4, 8, 3, act=True)).eval()
+    assert isinstance(layer.bn, nn.SyncBatchNorm)
+    x = torch.randn(2, 4, 8, 8)
+    assert layer(x).min() == 0
+    assert_golden(reparameterize(layer)(x), layer(x), 1e-6)
+
+
+def test_reparameterize_leaves_the_original_alone_unless_told() -> None:
+    layer = ConvNorm(4, 8, 1).eval()
+    assert reparameterize(layer) is not layer
+    assert isinstance(layer.bn, nn.BatchNorm2d)
+    assert reparameterize(layer, inplace=True) is layer
+    assert isinstance(layer.bn, nn.Identity)
