@@ -1,7 +1,7 @@
 """UPerNet exactly as the published large-kernel segmentation results use it.
 
-Source: Xiao et al., "Unified Perceptual Parsing for Scene Understanding" (ECCV 2018), in OpenMMLab's form (``UPerHead``:
-512 channels, pyramid pooling 1-2-3-6, no normalisation of the encoder's maps).
+Source: Xiao et al., "Unified Perceptual Parsing for Scene Understanding" (ECCV 2018), in OpenMMLab's form: 512
+channels, pyramid pooling 1-2-3-6, no normalisation of the encoder's maps (``UPerHead``).
 
 smp has a UPerNet too. It cannot be bent into this one from outside: it normalises every encoder map, has no dropout,
 upsamples by a fixed factor of 4 (a 769 pixel crop would come back as 772), and its interpolations have

@@ -1,1 +1,6 @@
-"""TODO"""
+"""LightningModules that train, measure and apply networks on any encoder, and callbacks that show what they do."""
+
+from lk_backbones.tasks.base import BaseTask, without_encoder_weights
+from lk_backbones.tasks.segmentation import SegmentationTask
+
+__all__ = ["BaseTask", "SegmentationTask", "without_encoder_weights"]

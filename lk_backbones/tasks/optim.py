@@ -1,0 +1,146 @@
+"""Parameter groups and the learning-rate schedule that every task shares.
+
+The published recipes (RepLKNet paper, section 4; OpenMMLab configurations): AdamW without weight decay on norms and
+biases, learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay, per step.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from torch import nn
+
+from lk_backbones.tasks.encoder import timm_model, timm_names
+
+__all__ = ["encoder_lr_scales", "parameter_groups", "warmup_poly", "warmup_poly_scheduler"]
+
+
+def encoder_lr_scales(
+    encoder: nn.Module, layer_decay: float, kwargs: dict[str, Any] | None = None
+) -> tuple[dict[str, float], set[str]]:
+    """Learning-rate scales of an encoder's parameters, through the ``group_matcher`` of its timm model.
+
+    A parameter in the n-th layer below the head gets ``layer_decay ** n``, as in
+    `timm.optim.param_groups_layer_decay`; the head itself, everything outside of the encoder, is layer 0.
+
+    Args:
+        encoder: An smp encoder.
+        layer_decay: Factor from one layer to the next one below, 1 for no decay.
+        kwargs: Keyword arguments that the encoder was built with.
+
+    Returns:
+        Scale by parameter name, and the names that the model itself exempts from weight decay.
+
+    Raises:
+        ValueError: If ``layer_decay`` is not 1 and the encoder is not a timm model or has no ``group_matcher``.
+    """
+    try:
+        full: Any = timm_model(encoder, kwargs or {})
+    except ValueError as error:
+        if layer_decay == 1:
+            return {}, set()
+        raise ValueError(
+            f"layer_decay={layer_decay} needs to know the encoder's layers, and only timm models tell them: use a "
+            f"'tu-…' encoder or one of lk_backbones instead of {type(encoder).__name__}, or layer_decay=1"
+        ) from error
+    names = timm_names(encoder, full)
+    exempt_in_full = set(full.no_weight_decay()) if hasattr(full, "no_weight_decay") else set()
+    exempt = {name for name, full_name in names.items() if full_name in exempt_in_full}
+    if layer_decay == 1:
+        return {}, exempt
+    if not hasattr(full, "group_matcher"):
+        raise ValueError(f"layer_decay={layer_decay}: the timm model '{encoder.name}' has no group_matcher; use 1")
+    layers = group_parameters(full, full.group_matcher(coarse=False), reverse=True)
+    head = max(layers.values())
+    parameters = {name for name, _ in encoder.named_parameters()}
+    return {n: layer_decay ** (head - layers[full_n]) for n, full_n in names.items() if n in parameters}, exempt
+
+
+def parameter_groups(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    lr_scales: dict[str, float] | None = None,
+    no_decay: set[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Sort a module's trainable parameters into optimiser groups.
+
+    Args:
+        module: The module to train; parameters with ``requires_grad=False`` are left out.
+        lr: Learning rate of parameters with scale 1.
+        weight_decay: Weight decay; vectors and scalars (norms and biases) get none.
+        lr_scales: Scale of the learning rate by parameter name; 1 where not given.
+        no_decay: Further names without weight decay.
+
+    Returns:
+        Groups for a torch optimiser, lowest learning rate first, each with ``params``, ``lr``, ``weight_decay`` and a
+        ``name`` (which Lightning's ``LearningRateMonitor`` shows).
+
+    Raises:
+        ValueError: If nothing is trainable.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = (lr_scales or {}).get(name, 1.0)
+        decayed = parameter.ndim > 1 and name not in (no_decay or set())
+        group = groups.setdefault(
+            (scale, decayed),
+            {
+                "params": [],
+                "lr": lr * scale,
+                "weight_decay": weight_decay if decayed else 0.0,
+                "name": f"scale_{scale:.4g}_{'decay' if decayed else 'no_decay'}",
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("there is no trainable parameter")
+    return [groups[key] for key in sorted(groups)]
+
+
+def warmup_poly(
+    step: int, total_steps: int, warmup_steps: int, warmup_ratio: float, power: float, min_factor: float
+) -> float:
+    """Factor of the learning rate at a step: polynomial decay, multiplied by a linear ramp during the warm-up.
+
+    With ``progress = step / total_steps`` the decay is ``(1 - min_factor) * (1 - progress)**power + min_factor``; the
+    ramp goes from ``warmup_ratio`` at step 0 to 1 at ``warmup_steps``. The same formula as OpenMMLab's ``poly`` policy
+    with ``warmup="linear"``.
+
+    Args:
+        step: Optimiser steps taken so far.
+        total_steps: Optimiser steps of the whole training.
+        warmup_steps: Length of the warm-up.
+        warmup_ratio: Ramp at step 0.
+        power: Exponent of the decay; 0 for a constant rate.
+        min_factor: Factor at the end.
+
+    Returns:
+        The factor.
+    """
+    decay = (1 - min_factor) * (1 - min(step, total_steps) / total_steps) ** power + min_factor
+    ramp = 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
+    return decay * ramp
+
+
+def warmup_poly_scheduler(
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    warmup_steps: int = 0,
+    warmup_ratio: float = 1e-6,
+    power: float = 1.0,
+    min_factor: float = 0.0,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`warmup_poly` as a scheduler, to be stepped after every optimiser step. Arguments as there."""
+    factor = partial(
+        warmup_poly,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
+        power=power,
+        min_factor=min_factor,
+    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

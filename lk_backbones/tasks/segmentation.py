@@ -1,0 +1,436 @@
+"""Semantic segmentation: any smp architecture on any encoder, trained and measured as the papers do."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import segmentation_models_pytorch as smp
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torchmetrics import MeanMetric
+
+from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
+from lk_backbones.tasks.base import BaseTask
+from lk_backbones.tasks.encoder import EncoderSpec, nearest, refuse_foreign_weights, resolve_encoder
+from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
+from lk_backbones.tasks.losses import SegmentationLoss
+from lk_backbones.tasks.metrics import SegmentationMetrics
+
+__all__ = ["SegmentationTask"]
+
+# Index of the third stage's map (stride 16) among the encoder's maps; 0 is the image itself.
+_AUXILIARY_LEVEL = 4
+# Set by arguments of the task, or meaningless in it.
+_RESERVED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params")
+
+
+class SegmentationTask(BaseTask):
+    """Train, measure and apply a segmentation network.
+
+    Batches are dictionaries: ``image`` float32 ``(N, C, h, w)`` in [0, 1] (RGB, not normalised), ``mask`` int64
+    ``(N, H, W)`` with 0 … num_classes - 1 or ``ignore_index``, ``path`` a list of names. For evaluation the mask may
+    have another size than the image (a resized image): logits are resized to the mask. For prediction
+    ``original_size``, a list of ``(H, W)``, says what size the label maps shall have.
+
+    Logged: ``train/loss`` (and ``train/auxiliary_loss``), then for ``val`` and ``test`` ``loss``, ``mean_iou``,
+    ``pixel_accuracy`` and ``iou/<class name>``, all over the whole data set and all processes (see
+    `SegmentationMetrics`); classes that occur nowhere are NaN.
+
+    All arguments are plain values and are saved as hyper-parameters, so that `load_from_checkpoint` needs nothing but
+    the checkpoint.
+
+    Args:
+        architecture: ``"upernet_openmmlab"`` (UPerNet as published) or an smp architecture such as ``"unet"``.
+        encoder: One of ours (``"replknet_31b"``), one of smp's (``"resnet18"``), or any timm model (``"tu-…"``).
+        encoder_weights: ``None`` (random), ``True`` or ``"pretrained"``, a timm tag, a name of smp's
+            (``"imagenet"``), or a local ``.safetensors`` / ``.pth`` file.
+        encoder_kwargs: Keyword arguments of the timm model, such as ``{"drop_path_rate": 0.5}``.
+        architecture_kwargs: Further arguments of the architecture, such as ``{"decoder_channels": 256}``.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+        class_names: Names of the classes; ``None`` takes the data module's.
+        class_colors: RGB colours (0-255) of the classes for pictures; ``None`` takes the data module's.
+        ignore_index: Label of pixels that do not count, or ``None``.
+        mean: Mean of every channel in [0, 1]; ``None`` takes that of the encoder's weights, else ImageNet's.
+        std: Standard deviation of every channel, likewise.
+        loss: ``"ce"``, ``"dice"``, ``"focal"``, ``"lovasz"``, or a sum: ``"ce+dice"`` or a list.
+        class_weights: Weight of every class in ``ce``.
+        auxiliary_weight: Weight of the loss of an auxiliary FCN head on the encoder's third stage (0.4 in the published
+            UPerNets), 0 for none.
+        auxiliary_channels: Width of that head.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        lr: Learning rate of everything outside of the encoder, and of the encoder if ``layer_decay`` is 1.
+        momentum: Momentum of ``sgd``.
+        weight_decay: Weight decay; none on norms and biases.
+        layer_decay: Factor of the learning rate from one layer of the encoder to the next one below (timm models only).
+        warmup_steps: Optimiser steps of linear warm-up.
+        warmup_ratio: Factor of the learning rate at the first step of the warm-up.
+        power: Exponent of the polynomial decay over all steps.
+        min_lr: Learning rate at the end (of parameters with scale 1).
+        freeze_encoder: Train only decoder and heads; the encoder's batch norms are frozen too.
+        gradient_checkpointing: Recompute the encoder's blocks in the backward pass, to save memory (timm models only).
+        inference: ``"whole"`` image at once, or ``"slide"`` a window over it and average.
+        slide_crop: Height and width of the window.
+        slide_stride: Vertical and horizontal step of the window.
+        tta_scales: Scales of test-time augmentation; ``(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)`` for the papers' "ms". It
+            applies to test, predict and separate validation runs, not to the validation during training.
+        tta_flip: Add the mirror image at every scale.
+        predict_probabilities: Let predictions hold the class probabilities too.
+
+    Raises:
+        ValueError: If a name, weight or combination of arguments is impossible; the message says what would be right.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "upernet_openmmlab",
+        encoder: str = "replknet_31n",
+        encoder_weights: str | bool | None = None,
+        encoder_kwargs: dict[str, Any] | None = None,
+        architecture_kwargs: dict[str, Any] | None = None,
+        num_classes: int = 19,
+        in_channels: int = 3,
+        class_names: list[str] | None = None,
+        class_colors: list[tuple[int, int, int]] | None = None,
+        ignore_index: int | None = 255,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        loss: str | list[str] = "ce",
+        class_weights: list[float] | None = None,
+        auxiliary_weight: float = 0.0,
+        auxiliary_channels: int = 256,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        lr: float = 2e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 1e-6,
+        power: float = 1.0,
+        min_lr: float = 0.0,
+        freeze_encoder: bool = False,
+        gradient_checkpointing: bool = False,
+        inference: Literal["whole", "slide"] = "whole",
+        slide_crop: tuple[int, int] = (512, 512),
+        slide_stride: tuple[int, int] = (341, 341),
+        tta_scales: list[float] | None = None,
+        tta_flip: bool = False,
+        predict_probabilities: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        _check_arguments(self.hparams)
+        weights = encoder_weights if self.load_encoder_weights() else None
+        spec = resolve_encoder(encoder, weights, encoder_kwargs)
+        self.model: Any = _build_model(architecture, spec, in_channels, num_classes, architecture_kwargs or {})
+        self.auxiliary_head: FCNHead | None = None
+        if auxiliary_weight > 0:
+            self.auxiliary_head = _build_auxiliary_head(self.model, num_classes, auxiliary_channels)
+        self.align_corners = bool(getattr(self.model, "align_corners", False))
+        self.size_multiple: int = 1 if isinstance(self.model, OpenMMLabUPerNet) else self.model.encoder.output_stride
+        self.prepare_encoder(spec)
+
+        self.loss = SegmentationLoss(loss, num_classes, class_weights, ignore_index)
+        self.val_metrics = SegmentationMetrics(num_classes, ignore_index)
+        self.test_metrics = SegmentationMetrics(num_classes, ignore_index)
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The smp encoder inside the network."""
+        return self.model.encoder
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: the argument's, else the data module's, else ``class_0`` and so on."""
+        return self.hparams["class_names"] or [f"class_{i}" for i in range(self.hparams["num_classes"])]
+
+    # --- networks ---------------------------------------------------------------------------------------------------
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Segment images, whole or in sliding windows as ``inference`` says.
+
+        Args:
+            image: float ``(N, in_channels, H, W)`` in [0, 1], of any size.
+
+        Returns:
+            Logits ``(N, num_classes, H, W)``.
+        """
+        image = self.normalize(image)
+        if self.hparams["inference"] == "slide":
+            return sliding_window(self._segment, image, self.hparams["slide_crop"], self.hparams["slide_stride"])
+        return self._segment(image)
+
+    def _segment(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits of normalised images of any size, at their size."""
+        padded = pad_to_multiple(image, self.size_multiple)
+        logits = resize(self.model(padded), _size(padded), self.align_corners)
+        return logits[:, :, : image.shape[2], : image.shape[3]]
+
+    def predict_scores(self, image: torch.Tensor, size: tuple[int, int], augment: bool = True) -> torch.Tensor:
+        """Class scores whose softmax over the classes is the predicted probability.
+
+        Args:
+            image: float ``(N, in_channels, h, w)`` in [0, 1].
+            size: Height and width of the result.
+            augment: Whether to apply the test-time augmentation that the task is configured with.
+
+        Returns:
+            ``(N, num_classes, *size)``: logits, or the logarithm of the probabilities averaged by the augmentation.
+        """
+        scales, flip = self.hparams["tta_scales"] or [1.0], self.hparams["tta_flip"]
+        if augment and (flip or list(scales) != [1.0]):
+            probabilities = augmented_probabilities(self, image, size, scales, flip, self.align_corners)
+            return probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return resize(self(image), size, self.align_corners)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """Compute the loss of one batch; Lightning calls it.
+
+        Raises:
+            ValueError: If images and masks differ in size, or the batch is too small for the batch norms of pyramid
+                pooling.
+        """
+        image, mask = batch["image"], batch["mask"].long()
+        if image.shape[2:] != mask.shape[1:]:
+            raise ValueError(
+                f"image and mask differ in size in training: {_size(image)} and {tuple(mask.shape[1:])} "
+                f"(heights and widths) in a batch with '{_paths(batch, 0)[0]}'"
+            )
+        height, width = mask.shape[1:]
+        padded = pad_to_multiple(self.normalize(image), self.size_multiple)
+        try:
+            if self.auxiliary_head is None:
+                outputs = [self.model(padded)]
+            else:
+                features = self.model.encoder(padded)
+                auxiliary = self.auxiliary_head(features[_AUXILIARY_LEVEL])
+                outputs = [self.model.segmentation_head(self.model.decoder(features)), auxiliary]
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"'{self.hparams['architecture']}' cannot train on {len(image)} image of {width}x{height} pixels per "
+                "process: its batch norms would see a single value per channel. Use a batch size of at least 2 with "
+                "drop_last=True, or larger images"
+            ) from error
+        outputs = [resize(logits, _size(padded), self.align_corners)[:, :, :height, :width] for logits in outputs]
+        loss = self.loss(outputs[0], mask)
+        if self.auxiliary_head is not None:
+            auxiliary_loss = self.loss(outputs[1], mask)
+            self.log("train/auxiliary_loss", auxiliary_loss.detach(), batch_size=len(image))
+            loss = loss + self.hparams["auxiliary_weight"] * auxiliary_loss
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
+        return loss
+
+    # --- validation and test ----------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
+        """Add a batch to the validation metrics; returns ``{"label_map": (N, H, W)}`` for callbacks."""
+        # "ms" takes a dozen passes per image, too much for the validations within a training
+        return self._evaluate(
+            batch, self.val_metrics, self.val_loss, augment=self.trainer.state.fn != TrainerFn.FITTING
+        )
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
+        """Add a batch to the test metrics; returns ``{"label_map": (N, H, W)}`` for callbacks."""
+        return self._evaluate(batch, self.test_metrics, self.test_loss, augment=True)
+
+    def _evaluate(
+        self, batch: dict[str, Any], metrics: SegmentationMetrics, loss: MeanMetric, augment: bool
+    ) -> dict[str, torch.Tensor]:
+        mask = batch["mask"].long()
+        scores = self.predict_scores(batch["image"], (mask.shape[1], mask.shape[2]), augment)
+        label_map = scores.argmax(dim=1)
+        loss.update(self.loss(scores, mask), weight=len(mask))
+        metrics.update(label_map, mask)
+        return {"label_map": label_map}
+
+    def _log_metrics(self, stage: str, metrics: SegmentationMetrics, loss: MeanMetric) -> None:
+        # The metrics have gathered all processes by themselves; sync_dist then only averages equal numbers, and keeps
+        # Lightning from warning that they might differ.
+        computed = metrics.compute()
+        self.log(f"{stage}/loss", loss.compute(), sync_dist=True, prog_bar=True)
+        self.log(f"{stage}/mean_iou", computed["mean_iou"], sync_dist=True, prog_bar=True)
+        self.log(f"{stage}/pixel_accuracy", computed["pixel_accuracy"], sync_dist=True)
+        per_class = zip(self.class_names, computed["iou"], strict=True)
+        self.log_dict({f"{stage}/iou/{name}": iou for name, iou in per_class}, sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the previous validation."""
+        self.val_metrics.reset()
+        self.val_loss.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics of all processes."""
+        self._log_metrics("val", self.val_metrics, self.val_loss)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the previous test."""
+        self.test_metrics.reset()
+        self.test_loss.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics of all processes."""
+        self._log_metrics("test", self.test_metrics, self.test_loss)
+
+    # --- prediction -------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[Any]]:
+        """Predict label maps at the pictures' original sizes.
+
+        Returns:
+            Lists with one entry per picture: ``path``, ``label_map`` ``(H, W)`` (uint8, or int64 beyond 256 classes)
+            and, with ``predict_probabilities``, ``probabilities`` float32 ``(num_classes, H, W)``.
+        """
+        image = batch["image"]
+        sizes = [(int(h), int(w)) for h, w in batch.get("original_size", [_size(image)] * len(image))]
+        if len(set(sizes)) == 1:
+            scores = list(self.predict_scores(image, sizes[0]))
+        else:
+            scores = [self.predict_scores(image[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+        dtype = torch.uint8 if self.hparams["num_classes"] <= 256 else torch.int64
+        result: dict[str, list[Any]] = {
+            "path": _paths(batch, batch_idx),
+            "label_map": [score.argmax(dim=0).to(dtype) for score in scores],
+        }
+        if self.hparams["predict_probabilities"]:
+            result["probabilities"] = [score.float().softmax(dim=0) for score in scores]
+        return result
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Compare the data module with the task, and take over its class names and colours if the task has none.
+
+        Args:
+            stage: What the trainer is about to do.
+
+        Raises:
+            ValueError: If the numbers of classes or the ignored labels differ.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        ignore_index = getattr(data, "ignore_index", self.hparams["ignore_index"])
+        if ignore_index != self.hparams["ignore_index"]:
+            raise ValueError(
+                f"{type(data).__name__} has ignore_index={ignore_index}, but the task was built with "
+                f"ignore_index={self.hparams['ignore_index']}: make them equal"
+            )
+        for key in ("class_names", "class_colors"):
+            if self.hparams[key] is None and getattr(data, key, None):
+                self.hparams[key] = [name if key == "class_names" else tuple(name) for name in getattr(data, key)]
+        _check_arguments(self.hparams)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the labels while they are still on the CPU: on a GPU a wrong one kills the process without a word.
+
+        Raises:
+            ValueError: If a label is neither a class nor ``ignore_index``.
+        """
+        mask = batch.get("mask") if isinstance(batch, dict) else None
+        if mask is None or self.trainer.predicting:
+            return batch
+        num_classes, ignore_index = self.hparams["num_classes"], self.hparams["ignore_index"]
+        wrong = (mask < 0) | (mask >= num_classes)
+        if ignore_index is not None:
+            wrong &= mask != ignore_index
+        if wrong.any():
+            i = int(wrong.flatten(1).any(dim=1).nonzero()[0])
+            labels = mask[i][wrong[i]].unique().tolist()
+            raise ValueError(
+                f"the mask of '{_paths(batch, 0)[i]}' holds labels {labels[:10]}, but the classes are "
+                f"0 to {num_classes - 1} and ignore_index is {ignore_index}"
+            )
+        return batch
+
+
+def _size(image: torch.Tensor) -> tuple[int, int]:
+    return image.shape[2], image.shape[3]
+
+
+def _paths(batch: dict[str, Any], batch_idx: int) -> list[str]:
+    return [str(path) for path in batch.get("path") or [f"batch_{batch_idx}_{i}" for i in range(len(batch["image"]))]]
+
+
+def _check_arguments(hparams: Any) -> None:
+    """Refuse arguments that contradict each other, before anything is built."""
+    num_classes = hparams["num_classes"]
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts as a class)")
+    for key in ("class_names", "class_colors"):
+        values = hparams[key]
+        if values is not None and len(values) != num_classes:
+            raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
+    names = hparams["class_names"] or []
+    if len(set(names)) != len(names):
+        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
+    for key, low in (
+        ("lr", 0),
+        ("weight_decay", None),
+        ("auxiliary_weight", None),
+        ("layer_decay", 0),
+        ("power", None),
+    ):
+        value = hparams[key]
+        if value < 0 or value == low:
+            raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
+    if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
+        raise ValueError(
+            f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "
+            f"warmup_ratio={hparams['warmup_ratio']} in [0, 1]"
+        )
+    if hparams["inference"] not in ("whole", "slide"):
+        raise ValueError(f"inference='{hparams['inference']}' must be 'whole' or 'slide'")
+    crop, stride = hparams["slide_crop"], hparams["slide_stride"]
+    if not all(0 < s <= c for s, c in zip(stride, crop, strict=True)):
+        raise ValueError(f"slide_stride={tuple(stride)} must be positive and at most slide_crop={tuple(crop)}")
+    if not all(scale > 0 for scale in hparams["tta_scales"] or [1.0]):
+        raise ValueError(f"tta_scales={hparams['tta_scales']} must be positive")
+
+
+def _build_model(
+    architecture: str, spec: EncoderSpec, in_channels: int, num_classes: int, kwargs: dict[str, Any]
+) -> Any:
+    known = smp.MODEL_ARCHITECTURES_MAPPING
+    model_class = known.get(architecture.lower())
+    if model_class is None:
+        raise ValueError(
+            f"unknown architecture '{architecture}'{nearest(architecture, known)}; there are {', '.join(sorted(known))}"
+        )
+    accepted = [
+        name
+        for name, parameter in inspect.signature(model_class).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in _RESERVED
+    ]
+    for name in kwargs:
+        if name not in accepted:  # smp would pass it on to the encoder, or drop it
+            raise ValueError(f"'{architecture}' has no argument '{name}', only {accepted}{nearest(name, accepted)}")
+    stride = kwargs.get("encoder_output_stride", 32)
+    if stride not in (8, 16, 32):
+        raise ValueError(f"encoder_output_stride={stride} must be 8, 16 or 32")
+    with refuse_foreign_weights(spec) as built:
+        model = model_class(
+            encoder_name=spec.name,
+            encoder_weights=spec.weights,
+            in_channels=in_channels,
+            classes=num_classes,
+            **kwargs,
+            **spec.kwargs,
+        )
+        built.append(model.encoder)
+    return model
+
+
+def _build_auxiliary_head(model: Any, num_classes: int, channels: int) -> FCNHead:
+    if isinstance(model, smp.DPT):
+        raise ValueError("auxiliary_weight: the encoder of 'dpt' has no map for an auxiliary head; use 0")
+    encoder_channels: Sequence[int] = model.encoder.out_channels
+    if len(encoder_channels) <= _AUXILIARY_LEVEL:
+        raise ValueError(
+            f"auxiliary_weight: the auxiliary head reads the encoder's third stage, which encoder_depth="
+            f"{len(encoder_channels) - 1} cuts off; use 4 or 5, or auxiliary_weight=0"
+        )
+    return FCNHead(encoder_channels[_AUXILIARY_LEVEL], num_classes, channels)
