@@ -537,7 +537,7 @@ _XL: dict[str, Any] = {
 }
 
 # The authors' files lie on file-sharing drives, linked from `origin_url`; six classifiers are mirrored over HTTP. The
-# pre-training checkpoints have no mirror, and no stated number of classes: they load without a classifier.
+# pre-training checkpoints have no mirror. How many classes MegData73M has is not stated: it loads without a classifier.
 default_cfgs = generate_default_cfgs(
     {
         "replknet_31b.in1k": _cfg(_MIRROR + "31B_3rdparty_in1k_20221118-fd08e268.pth"),
@@ -546,11 +546,11 @@ default_cfgs = generate_default_cfgs(
         "replknet_31b.in22k_ft_in1k_384": _cfg(
             _MIRROR + "31B_in21k-pre_3rdparty_in1k-384px_20221118-76c92b24.pth", **_384
         ),
-        "replknet_31b.in22k": _cfg(num_classes=0),
+        "replknet_31b.in22k": _cfg(num_classes=21841),
         "replknet_31l.in22k_ft_in1k_384": _cfg(
             _MIRROR + "31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c.pth", **_384
         ),
-        "replknet_31l.in22k": _cfg(num_classes=0),
+        "replknet_31l.in22k": _cfg(num_classes=21841),
         "replknet_xl.meg73m_ft_in1k_320": _cfg(
             _MIRROR + "XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth", **_XL
         ),
