@@ -5,6 +5,7 @@ from lk_backbones.data.cityscapes import CityscapesDataModule
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
 from lk_backbones.data.folder import SegmentationFolderDataModule
 from lk_backbones.data.pictures import PictureFolderDataModule
+from lk_backbones.data.scenes import SyntheticScenesDataModule
 from lk_backbones.data.segmentation import SegmentationDataModule, SegmentationDataset
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "SegmentationDataModule",
     "SegmentationDataset",
     "SegmentationFolderDataModule",
+    "SyntheticScenesDataModule",
 ]

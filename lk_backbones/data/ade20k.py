@@ -17,8 +17,8 @@ _LAYOUT = (
 class ADE20KDataModule(SegmentationDataModule):
     """ADE20K as in ``ADEChallengeData2016.zip``: ``images/`` and ``annotations/``.
 
-    Annotation value 0 ("other") is ignored (255); value ``k`` is class ``k - 1``. Of a class name with synonyms the first
-    is kept. Training uses the 20210 training images; validation, test and prediction the 2000 validation images.
+    Annotation value 0 ("other") is ignored (255); value ``k`` is class ``k - 1``. Of a class name with synonyms the
+    first is kept. Training uses the 20210 training images; validation, test and prediction the 2000 validation images.
 
     Defaults are those of the published 512 models: pictures are fitted into 2048 × 512 before the random ratio, and for
     evaluation. For the 640 models set ``crop_size=640``, ``base_size=(2560, 640)`` and ``test_size=(2560, 640)``.

@@ -67,7 +67,7 @@ def load_table(name: str) -> ClassTable:
 
     Of a name with synonyms ("building, edifice") the first one is kept: it is unique, and short enough for a table.
     """
-    rows = json.loads(files("lk_backbones.data").joinpath("tables", f"{name}.json").read_text(encoding="utf-8"))
+    rows = json.loads((files("lk_backbones.data") / "tables" / f"{name}.json").read_text(encoding="utf-8"))
     classes = sorted((row for row in rows if 0 <= row["trainId"] < IGNORE_INDEX), key=lambda row: row["trainId"])
     return ClassTable(
         names=tuple(row["name"].split(",")[0].strip() for row in classes),
@@ -117,7 +117,8 @@ def read_classes_file(path: str | Path, ignore_label: int | None = None) -> Clas
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
-    content = _parse_json(path, text) if path.suffix.lower() == ".json" else {"names": _parse_lines(path, text)}
+    is_json = path.suffix.lower() == ".json"
+    content: dict[str, Any] = _parse_json(path, text) if is_json else {"names": _parse_lines(path, text)}
 
     names = _check_names(path, content)
     colors = _check_colors(path, content.get("colors"), len(names))

@@ -11,8 +11,8 @@ from lk_backbones.data.segmentation import FileSegmentationDataset, Segmentation
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _LAYOUT = (
-    "images/train/NAME.jpg with masks/train/NAME.png, the same for val and, if wanted, test; or, to have the validation "
-    "split drawn, images/NAME.jpg with masks/NAME.png"
+    "images/train/NAME.jpg with masks/train/NAME.png, the same for val and, if wanted, test; or, to have the "
+    "validation split drawn, images/NAME.jpg with masks/NAME.png"
 )
 
 
@@ -28,8 +28,8 @@ class SegmentationFolderDataModule(SegmentationDataModule):
           masks/train/street_1.png             masks/street_1.png
           masks/val/street_2.png               masks/street_2.png
 
-    In the second, ``val_fraction`` of the pictures validate. Which ones depends on their names only, so the split is the
-    same in every run, and pictures that are added later hardly change it. Pictures may lie in further sub-folders.
+    In the second, ``val_fraction`` of the pictures validate. Which ones depends on their names only, so the split is
+    the same in every run, and pictures that are added later hardly change it. Pictures may lie in further sub-folders.
 
     Masks are single-channel pictures (8-bit, 16-bit or palette) whose values are class ids: 0 is the first name in the
     classes file. The classes file's ``"ignore_index"`` and 255 are ignored; see
@@ -109,7 +109,8 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         lossy = next((path for path in masks if path.suffix.lower() not in MASK_EXTENSIONS), None)
         if lossy is not None:
             raise ValueError(
-                f"The mask {lossy} is in a format that may change values. Masks must be one of {', '.join(MASK_EXTENSIONS)}."
+                f"The mask {lossy} is in a format that may change values. "
+                f"Masks must be one of {', '.join(MASK_EXTENSIONS)}."
             )
         pairs = pair_by_name(
             images,

@@ -61,8 +61,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_image(path: Path) -> np.ndarray:
     """Reads a picture as RGB, turned as its EXIF orientation says.
 
-    Greyscale is repeated in three channels, palettes are resolved, CMYK is converted, transparency is dropped. Of 16-bit
-    pictures the upper eight bits are kept. Floating-point pictures must have values in [0, 1].
+    Greyscale is repeated in three channels, palettes are resolved, CMYK is converted, transparency is dropped. Of
+    16-bit pictures the upper eight bits are kept. Floating-point pictures must have values in [0, 1].
 
     Returns:
         uint8 array `(H, W, 3)`, values 0 to 255.
@@ -169,7 +169,7 @@ def labels_to_classes(path: Path, labels: np.ndarray, table: ClassTable, lookup:
         shown = ", ".join(f"{value} ({count} pixels)" for value, count in zip(values[:5], counts[:5], strict=True))
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
         raise ValueError(
-            f"The mask {path} has labels that belong to no class: {shown}{more}. Labels may be {table.describe_labels()}. "
-            "Correct the mask, or add the class to the classes file."
+            f"The mask {path} has labels that belong to no class: {shown}{more}. "
+            f"Labels may be {table.describe_labels()}. Correct the mask, or add the class to the classes file."
         )
     return classes.astype(np.uint8)

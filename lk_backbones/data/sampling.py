@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 class SampleKey(NamedTuple):
     """What a training sampler asks of a data set: which sample, and the seed of its augmentation."""
 
-    index: int
+    sample: int
     seed: int
 
 
@@ -44,7 +44,7 @@ class TrainingSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0):
-        replicas, rank = _world()
+        replicas, rank = world()
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
         self.start = 0
 
@@ -93,7 +93,7 @@ class TrainingLoader(DataLoader[Any]):
         changed = [f"{key} {state_dict[key]} -> {now[key]}" for key in now if state_dict.get(key, now[key]) != now[key]]
         if changed:
             rank_zero_warn(
-                f"The checkpoint was saved within an epoch, and since then the loader has changed ({', '.join(changed)}): "
+                f"The checkpoint was saved within an epoch, and the loader has changed since ({', '.join(changed)}): "
                 "the rest of this epoch will repeat or leave out some samples."
             )
 
@@ -113,13 +113,13 @@ def evaluation_loader(
     Raises:
         ValueError: There are fewer samples than processes.
     """
-    replicas, rank = _world()
+    replicas, rank = world()
     sampler = None
     if replicas > 1:
         assert isinstance(dataset, Sized)
         if len(dataset) < replicas:
             raise ValueError(
-                f"{replicas} processes cannot share {len(dataset)} pictures: each needs at least one. Use fewer devices."
+                f"{replicas} processes cannot share {len(dataset)} pictures: each needs one. Use fewer devices."
             )
         sampler = UnrepeatedDistributedSampler(dataset, num_replicas=replicas, rank=rank, shuffle=False)
     return DataLoader(
@@ -140,7 +140,7 @@ def init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _world() -> tuple[int, int]:
+def world() -> tuple[int, int]:
     """Returns (number of processes, rank of this one)."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(), distributed.get_rank()

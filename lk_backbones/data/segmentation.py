@@ -3,8 +3,8 @@
 A batch is a dictionary:
 
 - ``image``: float32 `(N, 3, h, w)`, RGB in [0, 1], not normalised (the task normalises).
-- ``mask``: int64 `(N, H, W)`, class index or 255 (ignored). In training `(h, w) == (H, W)`; in evaluation `(H, W)` is the
-  original size, which differs from `(h, w)` if ``test_size`` resizes pictures.
+- ``mask``: int64 `(N, H, W)`, class index or 255 (ignored). In training `(h, w) == (H, W)`; in evaluation `(H, W)` is
+  the original size, which differs from `(h, w)` if ``test_size`` resizes pictures.
 - ``path``: list of the N picture files (or names, where pictures are made up).
 - ``original_size``: list of N tuples `(H, W)`; in evaluation only.
 """
@@ -20,7 +20,6 @@ import albumentations as A
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from lk_backbones.data.checks import check_sizes, for_all, require_same_size
@@ -34,6 +33,7 @@ from lk_backbones.data.sampling import (
     derive_seed,
     evaluation_loader,
     init_worker,
+    world,
 )
 from lk_backbones.data.transforms import IMAGENET_MEAN, eval_transform, train_transform
 
@@ -74,7 +74,7 @@ class SegmentationDataset(Dataset[dict[str, Any]], ABC):
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         """Returns one sample; with a :class:`SampleKey` the augmentation is the one of that seed."""
-        index = key.index if isinstance(key, SampleKey) else key
+        index = key.sample if isinstance(key, SampleKey) else key
         image, mask = self.load(index)
         if not self.training:
             sample = {"image": self.transform(image=image)["image"], "path": self.path(index)}
@@ -175,8 +175,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Training crops per device.
         val_batch_size: Pictures per device in validation, test and prediction. More than 1 needs pictures of one size.
-        num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4. With
-            workers, scripts on Windows and macOS need the usual ``if __name__ == "__main__":``.
+        num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
+            With workers, scripts on Windows and macOS need the usual ``if __name__ == "__main__":``.
         crop_size: ``(height, width)`` of training crops, or one number for both.
         scale_range: Smallest and largest ratio of the random resizing.
         base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1. None: their own size.
@@ -312,7 +312,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         for split in needed[stage]:
             if split not in self._datasets:
                 dataset = self.make_dataset(split)
-                if isinstance(dataset, FileSegmentationDataset) and rank_zero_only.rank == 0:
+                if isinstance(dataset, FileSegmentationDataset) and world()[1] == 0:
                     dataset.check(self.check_files)
                 self._datasets[split] = dataset
 
@@ -346,8 +346,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         sampler = TrainingSampler(dataset, self.seed)
         if len(sampler) < self.batch_size:
             raise ValueError(
-                f"There are {len(sampler)} training pictures per process, fewer than batch_size={self.batch_size}: not one "
-                f"batch can be made. Use batch_size={len(sampler)} or less."
+                f"There are {len(sampler)} training pictures per process, fewer than batch_size={self.batch_size}: "
+                f"not one batch can be made. Use batch_size={len(sampler)} or less."
             )
         return TrainingLoader(
             dataset,

@@ -1,8 +1,8 @@
 """Augmentation pipelines for semantic segmentation, as albumentations transforms.
 
-The training pipeline is the one of mmsegmentation, with which the published numbers of RepLKNet and its successors were
-made: resize by a random ratio, crop with at most 75 % of one class, flip, distort colours, pad. It differs in one point:
-see :func:`photometric_distortion`.
+The training pipeline is the one of mmsegmentation, with which the published numbers of RepLKNet and its successors
+were made: resize by a random ratio, crop with at most 75 % of one class, flip, distort colours, pad. It differs in one
+point: see :func:`photometric_distortion`.
 
 Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the task
 normalises. Masks are uint8 class indices `(H, W)`, 255 where there is none.
@@ -72,7 +72,7 @@ def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.
 
 
 class RandomCropMaxRatio(DualTransform):
-    """Crops at random, so that no class covers too much of the crop: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
+    """Crops at random so that no class covers too much: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
 
     A crop is drawn again, up to ten times, when one class covers ``cat_max_ratio`` of its labelled pixels or more, or
     when it holds fewer than two classes; the last draw is taken in any case. Ignored pixels are not counted. A side of
@@ -141,10 +141,10 @@ class RandomCropMaxRatio(DualTransform):
 def photometric_distortion() -> list[A.BasicTransform]:
     """Returns mmsegmentation's ``PhotoMetricDistortion`` with its default strengths, composed from albumentations.
 
-    Each with probability 1/2: brightness (add up to ±32 of 255), contrast (multiply by 0.5 to 1.5), saturation (multiply
-    by 0.5 to 1.5), hue (turn by up to ±18 of 180 steps); contrast comes before saturation and hue or after them, with
-    equal chance. The one difference: saturation is changed by mixing with the grey picture, which leaves the brightness
-    of a pixel alone, and not by multiplying the S of HSV.
+    Each with probability 1/2: brightness (add up to ±32 of 255), contrast (multiply by 0.5 to 1.5), saturation
+    (multiply by 0.5 to 1.5), hue (turn by up to ±18 of 180 steps); contrast comes before saturation and hue or after
+    them, with equal chance. The one difference: saturation is changed by mixing with the grey picture, which leaves the
+    brightness of a pixel alone, and not by multiplying the S of HSV.
     """
     limit = 32 / 255
 
