@@ -1,6 +1,15 @@
 """LightningModules that train, measure and apply networks on any encoder, and callbacks that show what they do."""
 
 from lk_backbones.tasks.base import BaseTask, without_encoder_weights
+from lk_backbones.tasks.callbacks import IoUTable, ReproducibleSteps, SamplesSeen, SegmentationOverlays
 from lk_backbones.tasks.segmentation import SegmentationTask
 
-__all__ = ["BaseTask", "SegmentationTask", "without_encoder_weights"]
+__all__ = [
+    "BaseTask",
+    "IoUTable",
+    "ReproducibleSteps",
+    "SamplesSeen",
+    "SegmentationOverlays",
+    "SegmentationTask",
+    "without_encoder_weights",
+]

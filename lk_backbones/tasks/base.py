@@ -1,7 +1,7 @@
 """What every task shares: encoder arguments, normalisation, optimiser and schedule, safe checkpoints."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -177,7 +177,7 @@ class BaseTask(L.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Rebuild a task from a checkpoint alone, without the network or the file of its encoder weights.
 
         Args:
@@ -201,7 +201,7 @@ class BaseTask(L.LightningModule):
             task = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return task.eval()
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `torch.nn.Module.load_state_dict`, with an error that says what does not fit.
 
         Raises:

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
 from lk_backbones.tasks.base import BaseTask
+from lk_backbones.tasks.drawing import Color, default_colors
 from lk_backbones.tasks.encoder import EncoderSpec, nearest, refuse_foreign_weights, resolve_encoder
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
@@ -145,6 +146,12 @@ class SegmentationTask(BaseTask):
         """Names of the classes: the argument's, else the data module's, else ``class_0`` and so on."""
         return self.hparams["class_names"] or [f"class_{i}" for i in range(self.hparams["num_classes"])]
 
+    @property
+    def class_colors(self) -> list[Color]:
+        """Colours of the classes: the argument's, else the data module's, else well separated ones."""
+        colors = self.hparams["class_colors"] or default_colors(self.hparams["num_classes"])
+        return [(color[0], color[1], color[2]) for color in colors]
+
     # --- networks ---------------------------------------------------------------------------------------------------
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -190,10 +197,10 @@ class SegmentationTask(BaseTask):
         """Compute the loss of one batch; Lightning calls it.
 
         Raises:
-            ValueError: If images and masks differ in size, or the batch is too small for the batch norms of pyramid
-                pooling.
+            ValueError: If a label is neither a class nor ``ignore_index``, images and masks differ in size, or the
+                batch is too small for the batch norms of pyramid pooling.
         """
-        image, mask = batch["image"], batch["mask"].long()
+        image, mask = batch["image"], self._checked_mask(batch)
         if image.shape[2:] != mask.shape[1:]:
             raise ValueError(
                 f"image and mask differ in size in training: {_size(image)} and {tuple(mask.shape[1:])} "
@@ -241,7 +248,7 @@ class SegmentationTask(BaseTask):
     def _evaluate(
         self, batch: dict[str, Any], metrics: SegmentationMetrics, loss: MeanMetric, augment: bool
     ) -> dict[str, torch.Tensor]:
-        mask = batch["mask"].long()
+        mask = self._checked_mask(batch)
         scores = self.predict_scores(batch["image"], (mask.shape[1], mask.shape[2]), augment)
         label_map = scores.argmax(dim=1)
         loss.update(self.loss(scores, mask), weight=len(mask))
@@ -324,15 +331,9 @@ class SegmentationTask(BaseTask):
                 self.hparams[key] = [name if key == "class_names" else tuple(name) for name in getattr(data, key)]
         _check_arguments(self.hparams)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the labels while they are still on the CPU: on a GPU a wrong one kills the process without a word.
-
-        Raises:
-            ValueError: If a label is neither a class nor ``ignore_index``.
-        """
-        mask = batch.get("mask") if isinstance(batch, dict) else None
-        if mask is None or self.trainer.predicting:
-            return batch
+    def _checked_mask(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The batch's labels as int64 ``(N, H, W)``; on a GPU a wrong one would end the process without a word."""
+        mask: torch.Tensor = batch["mask"]
         num_classes, ignore_index = self.hparams["num_classes"], self.hparams["ignore_index"]
         wrong = (mask < 0) | (mask >= num_classes)
         if ignore_index is not None:
@@ -344,7 +345,7 @@ class SegmentationTask(BaseTask):
                 f"the mask of '{_paths(batch, 0)[i]}' holds labels {labels[:10]}, but the classes are "
                 f"0 to {num_classes - 1} and ignore_index is {ignore_index}"
             )
-        return batch
+        return mask.long()
 
 
 def _size(image: torch.Tensor) -> tuple[int, int]:
