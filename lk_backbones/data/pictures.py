@@ -10,7 +10,7 @@ from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import default_pin_memory, evaluation_loader
-from lk_backbones.data.segmentation import FileSegmentationDataset, collate, default_num_workers
+from lk_backbones.data.segmentation import FileSegmentationDataset, collate, default_num_workers, keep_hyperparameters
 from lk_backbones.data.transforms import eval_transform
 
 
@@ -38,6 +38,7 @@ class PictureFolderDataModule(LightningDataModule):
         pin_memory: bool | None = None,
     ):
         super().__init__()
+        keep_hyperparameters(self)
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.num_workers = default_num_workers() if num_workers is None else num_workers

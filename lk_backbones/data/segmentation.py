@@ -210,6 +210,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         pin_memory: bool | None = None,
     ):
         super().__init__()
+        keep_hyperparameters(self)
         crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
         for name, number, least in (
             ("batch_size", batch_size, 1),
@@ -367,6 +368,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is None or not trainer.training or not trainer.fit_loop.restarting:
             return None
+        if trainer.train_dataloader is not None:
+            return None  # the training loop has its loader already; this one is for somebody else
         return lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -391,6 +394,15 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the seed of a checkpoint, so that the run goes on as it began."""
         self.seed = state_dict["seed"]
+
+
+def keep_hyperparameters(module: LightningDataModule) -> None:
+    """Keeps the constructor's arguments in checkpoints, so that a checkpoint knows what data it was trained on.
+
+    Paths are kept as text: checkpoints are read without unpickling any other type. Loggers already get the task's.
+    """
+    module.save_hyperparameters(logger=False)
+    module.hparams.update({k: os.fspath(v) for k, v in module.hparams.items() if isinstance(v, os.PathLike)})
 
 
 def default_num_workers() -> int:
