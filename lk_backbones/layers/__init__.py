@@ -1,5 +1,5 @@
 """Modules made of ops."""
 
-from lk_backbones.layers.depthwise import DepthwiseConv2d
+from lk_backbones.layers.depthwise import DepthwiseConv2d, replace_depthwise
 
-__all__ = ["DepthwiseConv2d"]
+__all__ = ["DepthwiseConv2d", "replace_depthwise"]

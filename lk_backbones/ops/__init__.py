@@ -1,5 +1,5 @@
 """Tensor operations: depthwise convolution with large kernels, fast without anything to compile."""
 
-from lk_backbones.ops.depthwise import depthwise_conv2d
+from lk_backbones.ops.depthwise import depthwise_conv2d, explain
 
-__all__ = ["depthwise_conv2d"]
+__all__ = ["depthwise_conv2d", "explain"]

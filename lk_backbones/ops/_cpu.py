@@ -1,63 +1,147 @@
-"""Depthwise convolution on CPUs, arranged so that oneDNN's fast kernels do the work.
+"""Depthwise convolution on CPUs, arranged so that oneDNN's and MKL's fast routines do the work.
 
 PyTorch reaches oneDNN's fast depthwise kernel for wide kernels only from channels_last tensors, and for the weight
-gradient of kernels wider than 3 never. Both are a matter of how the call is put: the functions here ask for the same
-numbers in the way that runs fast.
+gradient of kernels wider than 3 never: it falls back to a matrix product per channel that is 20-60 times slower.
+Both are a matter of how the call is put. The functions here ask for the same numbers in the way that runs fast; for
+the largest kernels and maps they go through Fourier transforms instead.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The weight gradient uses the output's gradient as the kernel; oneDNN builds tables per tap of it, so their number is bounded.
+from lk_backbones.ops import _fft
+from lk_backbones.ops._plan import Plan
+from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
+
+# The weight gradient uses the output's gradient as the kernel, and oneDNN keeps tables per tap: bands bound them.
 MAX_TAPS = 4096
 
+# Costs in units of one multiply-add of the direct path, by vector instructions.
+FFT_COST = {"AVX512": 8.0, "AVX2": 3.5}  # per transformed value and per log2 of their number
+COPY_COST = 30.0  # per value that changes its memory format
 
-def direct_forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise convolution in channels_last.
+
+def plan(
+    shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype, channels_last: bool
+) -> Plan:
+    """Choose the paths.
 
     Args:
-        input: ``(N, C, H, W)``, any strides.
-        weight: ``(C, 1, kH, kW)``, odd sizes.
+        shape: Of the input, ``(N, C, H, W)``, not empty.
+        kernel_size: ``(kH, kW)``, odd, at most ``(2H - 1, 2W - 1)``.
+        dtype: Of the input.
+        channels_last: Whether the input is laid out in channels_last.
+    """
+    return _plan(shape, kernel_size, dtype, channels_last, torch.get_num_threads(), _instructions())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    threads: int,
+    instructions: str,
+) -> Plan:
+    (batch, channels, height, width), (kernel_height, kernel_width) = shape, kernel_size
+    if dtype == torch.float64:  # oneDNN computes in float32 only
+        path = "fft" if kernel_height * kernel_width >= 49 else "native"
+        return Plan(path, path, "float64")
+    lanes = 16 if instructions == "AVX512" else 8
+    taps = taps_inside(height, kernel_height) * taps_inside(width, kernel_width)
+    taps = math.ceil(taps * math.ceil(channels / lanes) * lanes / channels)
+    rows, columns = _fft.transform_size((height, width), kernel_size)
+    transform = FFT_COST.get(instructions, 1.0) * rows * columns * math.log2(max(2, rows * columns))
+    copy = COPY_COST * height * width
+    as_is = not channels_last and kernel_width // 2 <= widest_padding()
+
+    fft_forward = (2 + 1 / batch) * transform + (2 * copy if channels_last else 0)
+    direct_forward = taps + (0 if channels_last or as_is else 2 * copy)
+    fft_backward = (3 + 2 / batch) * transform + (3 * copy if channels_last else 0)
+    direct_backward = 2 * taps + (1 if channels_last or as_is else 3) * copy
+    possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
+    return Plan(
+        "fft" if possible and fft_forward < direct_forward else "direct",
+        "fft" if possible and fft_backward < direct_backward else "direct",
+        f"{instructions} with {threads} thread(s), {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
+        f"fft over direct: {fft_forward / direct_forward:.2f} forward, {fft_backward / direct_backward:.2f} backward",
+    )
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
+    """Depthwise convolution with stride 1 and the map's size kept.
+
+    Args:
+        input: ``(N, C, H, W)``, float32 or float64, not empty, any strides.
+        weight: ``(C, 1, kH, kW)``, odd sizes of at most ``(2H - 1, 2W - 1)``.
         bias: ``(C,)`` or ``None``.
+        path: ``"direct"`` or ``"fft"``.
 
     Returns:
-        ``(N, C, H, W)`` in channels_last.
+        ``(N, C, H, W)`` in whichever memory format the path ends in.
     """
+    return _fft.forward(nchw(input), weight, bias) if path == "fft" else _convolve(input, weight, bias)
+
+
+def backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    if path == "fft":
+        return _fft.backward(nchw(grad_output), nchw(input), weight, output_mask)
+    return (
+        _convolve(grad_output, weight.flip(2, 3), None) if output_mask[0] else None,
+        _weight_grad(grad_output, input, (weight.shape[2], weight.shape[3])) if output_mask[1] else None,
+    )
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolution in the memory format that oneDNN is fast in."""
+    if is_channels_last(input) or weight.shape[3] // 2 > widest_padding():
+        input = input.contiguous(memory_format=torch.channels_last)
+        if _instructions() == "AVX512" and weight.shape[3] in (11, 13):
+            # oneDNN's register blocking is poor at these widths: 15 taps run in less time.
+            weight = F.pad(weight, [(15 - weight.shape[3]) // 2] * 2)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    input = input.contiguous(memory_format=torch.channels_last)
     return F.conv2d(input, weight, bias, padding=padding, groups=input.shape[1])
 
 
-def direct_weight_grad(input: Tensor, grad_output: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Weight gradient as a forward depthwise convolution of the input with the output's gradient as its kernel.
+def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Weight gradient as a depthwise convolution of the input with the output's gradient as its kernel.
 
-    Args:
-        input: ``(N, C, H, W)``, any strides.
-        grad_output: ``(N, C, H, W)``, any strides.
-        kernel_size: ``(kH, kW)``, odd sizes.
-
-    Returns:
-        ``(C, 1, kH, kW)``.
+    One image at a time: folding the batch into the channels costs more in transposes than it saves.
     """
-    (kernel_height, kernel_width), (batch, channels, height, width) = kernel_size, input.shape
-    pad_height, pad_width = kernel_height // 2, kernel_width // 2
-    input = input.contiguous(memory_format=torch.channels_last)
+    (_, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
     rows = max(1, MAX_TAPS // width)
-    if rows < height:
-        input = F.pad(input, (0, 0, pad_height, pad_height)).contiguous(memory_format=torch.channels_last)
-    grad: Tensor | None = None
-    for image, grad_image in zip(input.split(1), grad_output.unsqueeze(2), strict=True):
-        if rows >= height:
-            part = F.conv2d(image, grad_image, padding=(pad_height, pad_width), groups=channels)
-            grad = part if grad is None else grad.add_(part)
+    banded = rows < height
+    if banded:
+        input = F.pad(input, (0, 0, pad_height, pad_height))
+    images = input.contiguous(memory_format=torch.channels_last).split(1)
+    total = input.new_zeros(1, channels, *kernel_size)
+    for image, grad_image in zip(images, nchw(grad_output).unsqueeze(2), strict=True):
+        if not banded:
+            total += F.conv2d(image, grad_image, padding=(pad_height, pad_width), groups=channels)
             continue
         for top in range(0, height, rows):
             band = grad_image[:, :, top : top + rows]
             window = image[:, :, top : top + band.shape[2] + 2 * pad_height]
-            part = F.conv2d(window, band, padding=(0, pad_width), groups=channels)
-            grad = part if grad is None else grad.add_(part)
-    assert grad is not None  # the caller handles empty batches
-    return grad.transpose(0, 1)
+            total += F.conv2d(window, band, padding=(0, pad_width), groups=channels)
+    return total.transpose(0, 1)
+
+
+@functools.cache
+def _instructions() -> str:
+    """Widest vector instructions that PyTorch uses: ``"AVX512"``, ``"AVX2"`` or another name."""
+    return torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else "no oneDNN"
+
+
+def widest_padding() -> int:
+    """Widest padding on the left with which oneDNN is fast in NCHW or dilated: it must fit the register block."""
+    return 6 if _instructions() == "AVX512" else 4

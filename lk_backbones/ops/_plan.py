@@ -1,0 +1,45 @@
+"""What a depthwise convolution will do for a given shape, and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Method = Literal["auto", "direct", "fft", "native"]
+
+METHODS: tuple[str, ...] = get_args(Method)
+ENVIRONMENT_VARIABLE = "LK_BACKBONES_DEPTHWISE"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The paths that a depthwise convolution takes.
+
+    Attributes:
+        forward: Path of the output: ``"direct"`` (in the spatial domain, arranged for speed), ``"fft"`` (through
+            Fourier transforms) or ``"native"`` (PyTorch's own operator, as it runs without this package).
+        backward: Path of both gradients.
+        reason: Why, in words.
+    """
+
+    forward: str
+    backward: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"forward {self.forward}, backward {self.backward}: {self.reason}"
+
+
+def resolve_method(method: str) -> str:
+    """The method that counts: the argument's, or the environment variable's where the argument leaves it open.
+
+    Raises:
+        ValueError: If the argument or the environment variable names no method.
+    """
+    source = "method"
+    if method == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
+        source, method = f"environment variable {ENVIRONMENT_VARIABLE}", os.environ[ENVIRONMENT_VARIABLE]
+    if method not in METHODS:
+        raise ValueError(f"{source} must be one of {', '.join(METHODS)}, got {method!r}")
+    return method
