@@ -52,7 +52,9 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            # Pillow decodes a whole PNG in search of EXIF data behind the pixels.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turned = has_exif and image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except _READ_ERRORS as error:
         raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
