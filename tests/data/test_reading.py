@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,6 +60,13 @@ def test_of_16_bits_the_upper_8_are_kept(tmp_path: Path, extension: str) -> None
     pixels = np.array([[0, 255], [256, 25700], [50000, 65535]], np.uint16)
     image = read_image(save(tmp_path / f"a.{extension}", Image.fromarray(pixels)))
     assert np.array_equal(image[..., 1], [[0, 0], [1, 100], [195, 255]])
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_of_16_bit_colours_the_upper_8_are_kept(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"a.{extension}"
+    assert cv2.imwrite(str(path), RGB[..., ::-1].astype(np.uint16) * 256 + 200)
+    assert np.array_equal(read_image(path), RGB)
 
 
 def test_floats_are_taken_as_0_to_1(tmp_path: Path) -> None:
