@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from lk_backbones.tasks.encoder import EncoderSpec
@@ -155,24 +154,6 @@ class BaseTask(L.LightningModule):
                 f"{type(data).__name__} has num_classes={num_classes}, but the task was built with "
                 f"num_classes={self.hparams['num_classes']}: make them equal"
             )
-
-    def on_validation_start(self) -> None:
-        """Let processes validate different numbers of batches.
-
-        During training DDP broadcasts the buffers (batch norm statistics) before every forward, in validation too, and
-        would wait forever for a process that has fewer batches. They are broadcast once here instead.
-        """
-        wrapper = self.trainer.strategy.model
-        if isinstance(wrapper, DistributedDataParallel):
-            for buffer in self.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-            wrapper.require_forward_param_sync = False
-
-    def on_validation_end(self) -> None:
-        """Hand the buffers back to DDP."""
-        wrapper = self.trainer.strategy.model
-        if isinstance(wrapper, DistributedDataParallel):
-            wrapper.require_forward_param_sync = True
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class SegmentationOverlays(L.Callback):
         entries: list[tuple[str, Any]] = [*legend]
         if not is_class.all():
             entries.append(("ignored", None))
-        caption = f"{Path(path).name}, {width}×{height}" + (
+        caption = f"{Path(path).name}, {width} x {height}" + (
             ", IoU in this picture by class" if ious is not None else ""
         )
         return draw_panels([("Image", picture), *drawn], entries, caption)

@@ -208,8 +208,9 @@ def refuse_foreign_weights(spec: EncoderSpec) -> Iterator[list[nn.Module]]:
         spec: The encoder that is built; without a weight file nothing is done.
 
     Raises:
-        RuntimeError: If more than half of the encoder's tensors are not in the file, with the first of them. A smaller
-            part gives a warning: classification weights lack, for instance, the norms of the returned maps.
+        RuntimeError: If the file cannot be read, shapes differ, or more than half of the encoder's tensors are not in
+            it, with the first of them. A smaller part gives a warning: classification weights lack, for instance, the
+            norms of the returned maps.
     """
     built: list[nn.Module] = []
     if spec.file is None:
@@ -223,10 +224,12 @@ def refuse_foreign_weights(spec: EncoderSpec) -> Iterator[list[nn.Module]]:
     logger.propagate = False
     try:
         yield built
-    except RuntimeError as error:
-        if "size mismatch" in str(error) or "Error(s) in loading" in str(error):
-            raise RuntimeError(f"'{spec.file}' does not hold weights of '{spec.name}': {error}") from error
+    except (TypeError, ValueError):  # wrong keyword arguments, not weights
         raise
+    except Exception as error:
+        raise RuntimeError(
+            f"cannot load '{spec.file}' into '{spec.name}'; does it hold another model's weights? {error}"
+        ) from error
     finally:
         logger.removeHandler(watcher)
         logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""Names and weights of encoders: what is understood, and what is refused with which words."""
+
+from pathlib import Path
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors.torch import save_file
+
+from lk_backbones.tasks.encoder import EncoderSpec, refuse_foreign_weights, resolve_encoder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("resnet18", None), EncoderSpec("resnet18", None)),
+        (("resnet18", "imagenet"), EncoderSpec("resnet18", "imagenet")),
+        (("resnet18", True), EncoderSpec("resnet18", "imagenet")),
+        (("resnet18", "ssl"), EncoderSpec("resnet18", "ssl")),
+        (("tu-resnet18", None), EncoderSpec("tu-resnet18", None)),
+        (("tu-resnet18", False), EncoderSpec("tu-resnet18", None)),
+        (("tu-resnet18", "pretrained"), EncoderSpec("tu-resnet18", True)),
+        (("tu-resnet18", "a1_in1k"), EncoderSpec("tu-resnet18.a1_in1k", True)),
+        (("tu-resnet18.a1_in1k", True), EncoderSpec("tu-resnet18.a1_in1k", True)),
+        (
+            ("convnext_atto", None, {"drop_path_rate": 0.1}),
+            EncoderSpec("tu-convnext_atto", None, {"drop_path_rate": 0.1}),
+        ),
+        # one of ours goes through timm under either name, so that its keyword arguments arrive
+        (
+            ("replknet_31n", None, {"drop_path_rate": 0.1}),
+            EncoderSpec("tu-replknet_31n", None, {"drop_path_rate": 0.1}),
+        ),
+        (("tu-hf-hub:someone/model", True), EncoderSpec("tu-hf-hub:someone/model", True)),
+    ],
+)
+def test_understood(arguments, expected) -> None:
+    assert resolve_encoder(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("replknet_31m", None), "unknown encoder 'replknet_31m'; did you mean 'replknet_31"),
+        (("resnet19", None), "unknown encoder 'resnet19'; did you mean 'resnet1"),
+        (("tu-convnext_ato", None), "unknown encoder 'tu-convnext_ato'; did you mean 'convnext_atto'"),
+        (("resnet18", None, {"drop_path_rate": 0.1}), r"\['drop_path_rate'\] would be dropped.*'tu-resnet18'"),
+        (("resnet18", "imagenett"), r"smp has no weights 'imagenett' for 'resnet18'.*did you mean 'imagenet'"),
+        (("tu-resnet18", "a1_in2k"), "'a1_in2k' is neither a local file nor weights of 'tu-resnet18'.*'a1_in1k'"),
+        (("tu-resnet18.a1_in1k", "a2_in1k"), "neither a local file nor weights of 'tu-resnet18.a1_in1k'"),
+        (("replknet_31n", True), "nobody published weights for 'replknet_31n'"),
+        (("resnet18", "weights.pth"), "weight files are read by timm.*'tu-resnet18'"),
+    ],
+)
+def test_refused(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_encoder(*arguments)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file 'nowhere/weights\.safetensors'"):
+        resolve_encoder("tu-resnet18", "nowhere/weights.safetensors")
+
+
+def build(spec: EncoderSpec) -> torch.nn.Module:
+    with refuse_foreign_weights(spec) as built:
+        encoder = smp.encoders.get_encoder(spec.name, weights=spec.weights, **spec.kwargs)
+        built.append(encoder)
+    return encoder
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_of_a_local_file_arrive(tmp_path: Path, suffix: str) -> None:
+    source = timm.create_model("replknet_31n")
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": source.state_dict()}, file)
+    else:
+        save_file(source.state_dict(), file)
+    encoder = build(resolve_encoder("replknet_31n", str(file)))
+    state = source.state_dict()
+    torch.testing.assert_close(encoder.state_dict()["model.stem_0.conv.weight"], state["stem.0.conv.weight"])
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(tensor, state[name.removeprefix("model.").replace("_", ".", 1)])
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("convnext_atto").state_dict(), file)
+    with pytest.raises(
+        RuntimeError, match=r"weights\.safetensors' does not hold weights of 'tu-resnet18': .*conv1\.weight"
+    ):
+        build(resolve_encoder("tu-resnet18", str(file)))
+    with pytest.raises(RuntimeError, match=r"(?s)cannot load '.*' into 'tu-convnext_femto'.*size mismatch for stem\.0"):
+        build(resolve_encoder("tu-convnext_femto", str(file)))
+    file.write_bytes(b"not a weight file")
+    with pytest.raises(RuntimeError, match=r"cannot load '.*weights\.safetensors' into 'tu-resnet18'"):
+        build(resolve_encoder("tu-resnet18", str(file)))
+
+
+def test_a_few_missing_tensors_are_only_mentioned(tmp_path: Path) -> None:
+    state = timm.create_model("convnext_atto").state_dict()
+    del state["stages.3.blocks.1.conv_dw.bias"]
+    file = tmp_path / "weights.safetensors"
+    save_file(state, file)
+    with pytest.warns(UserWarning, match=r"lacks 1 tensors of 'tu-convnext_atto'.*stages\.3\.blocks\.1\.conv_dw\.bias"):
+        build(resolve_encoder("tu-convnext_atto", str(file)))

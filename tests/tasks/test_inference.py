@@ -1,0 +1,77 @@
+"""Padding, windows and augmentation against brute force."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
+
+
+def position_free(image: torch.Tensor) -> torch.Tensor:
+    """A "network" that sees single pixels only, so that windows and padding must not change anything."""
+    return torch.stack([image.sum(1), image[:, 0] * 2, image[:, 1] ** 2], dim=1)
+
+
+def local_mean(image: torch.Tensor) -> torch.Tensor:
+    """A "network" whose output depends on where its window begins and ends."""
+    return F.conv2d(F.pad(image, (1, 1, 1, 1)), torch.ones(2, 3, 3, 3) * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+
+
+def test_pad_to_multiple() -> None:
+    image = torch.rand(2, 3, 33, 64)
+    padded = pad_to_multiple(image, 32)
+    assert padded.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(padded[:, :, :33], image)
+    assert not padded[:, :, 33:].any()
+    assert pad_to_multiple(image, 1) is image
+
+
+def test_resize_respects_align_corners() -> None:
+    x = torch.arange(3.0).view(1, 1, 1, 3).expand(1, 1, 2, 3)
+    assert resize(x, (2, 3)) is x
+    torch.testing.assert_close(resize(x, (2, 5), True)[0, 0, 0], torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0]))
+    torch.testing.assert_close(resize(x, (2, 6), False)[0, 0, 0], torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0]))
+
+
+@pytest.mark.parametrize(("size", "window", "stride"), [((20, 31), (8, 8), (5, 3)), ((7, 9), (8, 8), (8, 8))])
+def test_windows_change_nothing_for_a_network_without_context(size, window, stride) -> None:
+    image = torch.rand(2, 3, *size)
+    torch.testing.assert_close(sliding_window(position_free, image, window, stride), position_free(image))
+
+
+def test_windows_are_those_of_the_published_evaluation() -> None:
+    image = torch.rand(1, 3, 10, 13)
+    total, count = torch.zeros(1, 2, 10, 13), torch.zeros(1, 1, 10, 13)
+    for top in (0, 4):  # 10 rows: windows at 0 and 4 would end at 10, no third one
+        for left in (0, 4, 7):  # 13 columns: 0, 4, and 8 moved back to 7
+            total[:, :, top : top + 6, left : left + 6] += local_mean(image[:, :, top : top + 6, left : left + 6])
+            count[:, :, top : top + 6, left : left + 6] += 1
+    assert count.min() == 1
+    torch.testing.assert_close(sliding_window(local_mean, image, (6, 6), (4, 4)), total / count)
+
+
+@pytest.mark.parametrize("stride", [(9, 4), (0, 4)])
+def test_a_stride_that_leaves_gaps_is_refused(stride) -> None:
+    with pytest.raises(ValueError, match="must be positive and at most the window"):
+        sliding_window(position_free, torch.rand(1, 3, 20, 20), (8, 8), stride)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_augmentation_is_the_mean_over_scales_and_flips(align_corners: bool) -> None:
+    image = torch.rand(2, 3, 12, 18)
+    actual = augmented_probabilities(local_mean, image, (24, 30), [0.5, 1.0, 1.75], True, align_corners)
+    expected = []
+    for size in ((6, 9), (12, 18), (21, 32)):  # 18 * 1.75 = 31.5 rounds up, as in the published evaluation
+        scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        for dims in ([], [3]):
+            logits = local_mean(scaled.flip(dims)).flip(dims)
+            upsampled = F.interpolate(logits, (24, 30), mode="bilinear", align_corners=align_corners)
+            expected.append(upsampled.softmax(1))
+    torch.testing.assert_close(actual, torch.stack(expected).mean(0))
+    torch.testing.assert_close(actual.sum(1), torch.ones(2, 24, 30))
+
+
+def test_without_augmentation_it_is_the_softmax() -> None:
+    image = torch.rand(1, 3, 12, 18)
+    actual = augmented_probabilities(local_mean, image, (12, 18))
+    torch.testing.assert_close(actual, local_mean(image).softmax(1))
