@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from lk_backbones.ops import _cpu, _cuda
 from lk_backbones.ops._plan import METHODS, Method, Plan, resolve_method
@@ -67,11 +68,11 @@ def depthwise_conv2d(
     if _wants_plain_convolution(input, weight):
         return _native(input, weight, bias, dilation)
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    _check(input, weight, bias, dilation, method)
+    _check(input, weight, bias, method)
     if method == "native" or (method == "auto" and _native_is_best(device, _kernel_size(weight), dilation)):
         return _native(input, weight, bias, dilation)
     if input.dim() == 3:
@@ -104,13 +105,16 @@ def explain(
         ValueError: As :func:`depthwise_conv2d`.
     """
     dilation = _pair(dilation)
-    _check(input, weight, None, dilation, method)
+    _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
     return _plan(input, weight, dilation, method, input.device.type if device is None else device)
 
 
 def _pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
-    return (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[1])
+    pair = tuple(dilation) if isinstance(dilation, (tuple, list)) else (dilation, dilation)
+    if len(pair) != 2 or not all(isinstance(step, int) and step >= 1 for step in pair):
+        raise ValueError(f"dilation must be a positive integer or a pair of them, got {dilation}")
+    return pair[0], pair[1]
 
 
 def _kernel_size(weight: Tensor) -> tuple[int, int]:
@@ -146,7 +150,7 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> None:
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
     channels = input.shape[-3]
@@ -167,8 +171,6 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
     if any(tensor.device != input.device for tensor in tensors.values()):
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"input, weight and bias must be on one device, got {devices}")
-    if min(dilation) < 1:
-        raise ValueError(f"dilation must be positive, got {dilation}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
@@ -370,3 +372,24 @@ def _backward_gradient(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tens
 
 _forward_op.register_autograd(_forward_gradient, setup_context=_save_for_forward)
 _backward_op.register_autograd(_backward_gradient, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.lk_backbones.depthwise_conv2d)
+def _forward_flops(
+    input: list[int], weight: list[int], bias: list[int] | None, dilation: list[int], method: str, **_: Any
+) -> int:
+    """As PyTorch counts its own convolution: every tap, also those over the padding."""
+    return conv_flop_count(input, weight, input, transposed=False)
+
+
+@register_flop_formula(torch.ops.lk_backbones.depthwise_conv2d_backward)
+def _backward_flops(
+    grad_output: list[int],
+    input: list[int],
+    weight: list[int],
+    dilation: list[int],
+    method: str,
+    output_mask: list[bool],
+    **_: Any,
+) -> int:
+    return sum(output_mask) * conv_flop_count(input, weight, input, transposed=False)

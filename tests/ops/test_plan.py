@@ -1,0 +1,124 @@
+"""Which path a shape takes, on CPUs of each kind and on GPUs, and how users overrule it."""
+
+import pytest
+import torch
+
+from lk_backbones.ops import _cpu, depthwise_conv2d, explain
+
+
+def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, **options):
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    input = torch.empty(shape, device="meta", dtype=dtype)
+    if channels_last:
+        input = input.to(memory_format=torch.channels_last)
+    weight = torch.empty(shape[1], 1, *kernel, device="meta", dtype=dtype)
+    return explain(input, weight, device=device, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_overrule(monkeypatch):
+    monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
+
+
+@pytest.fixture
+def avx512(monkeypatch):
+    monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX512")
+
+
+@pytest.mark.usefixtures("avx512")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "forward", "backward"),
+    [
+        # Far from the border between the paths, whatever the constants are fitted to.
+        ((1, 512, 14, 14), 27, "direct", "direct"),
+        ((8, 1024, 7, 7), 13, "direct", "direct"),
+        ((8, 128, 56, 56), 31, "fft", "fft"),
+        ((1, 128, 128, 128), 31, "fft", "fft"),
+        ((1, 96, 128, 128), 51, "fft", "fft"),
+        ((1, 96, 56, 56), (51, 5), "direct", "direct"),
+        ((1, 96, 56, 56), (5, 51), "direct", "direct"),
+        ((1, 128, 56, 56), 7, "direct", "direct"),
+        ((1, 128, 56, 56), 3, "native", "native"),
+        ((1, 128, 56, 56), (51, 3), "native", "native"),
+        ((0, 128, 56, 56), 31, "native", "native"),
+    ],
+)
+def test_cpu_rule(shape, kernel, forward, backward, channels_last):
+    chosen = plan(shape, kernel, channels_last=channels_last)
+    assert (chosen.forward, chosen.backward) == (forward, backward)
+
+
+@pytest.mark.usefixtures("avx512")
+def test_rule_sees_what_is_computed():
+    far = plan((1, 64, 14, 14), 101)
+    assert (far.forward, far.backward) == ("direct", "direct")  # cropped to 27 taps, the rest is never touched
+    assert plan((1, 64, 128, 128), 31, dilation=8).forward == "direct"  # sixty-four dense maps of 16
+    assert plan((1, 64, 64, 64), (5, 5), dilation=2).forward == "native"
+    assert plan((1, 64, 64, 64), (5, 5), dilation=2).backward == "direct"
+    assert plan((1, 8, 56, 56), 31, dtype=torch.float64).forward == "fft"
+    assert plan((1, 8, 56, 56), 5, dtype=torch.float64).forward == "native"
+
+
+def test_narrow_registers_favour_the_transform(monkeypatch):
+    shape, kernel = (1, 256, 28, 28), 29
+    monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX512")
+    assert plan(shape, kernel).forward == "direct"
+    monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX2")
+    assert plan(shape, kernel).forward == "fft"
+
+
+def test_without_a_fast_transform_nothing_is_transformed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    _cpu._plan.cache_clear()
+    assert plan((1, 96, 128, 128), 51).forward == "direct"
+    _cpu._plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "forward", "backward"),
+    [
+        ((64, 128, 56, 56), 31, "fft", "fft"),
+        ((16, 128, 128, 128), 31, "fft", "fft"),
+        ((64, 1024, 7, 7), 13, "native", "native"),
+        ((64, 96, 56, 56), (51, 5), "native", "native"),
+        ((64, 128, 56, 56), 5, "native", "native"),
+        ((0, 128, 56, 56), 31, "native", "native"),
+    ],
+)
+def test_cuda_rule(shape, kernel, forward, backward):
+    chosen = plan(shape, kernel, device="cuda")
+    assert (chosen.forward, chosen.backward) == (forward, backward)
+
+
+def test_other_devices_keep_their_own_operator():
+    assert plan((8, 128, 56, 56), 31, device="mps").forward == "native"
+
+
+@pytest.mark.parametrize("method", ["direct", "fft", "native"])
+def test_method_overrules(method, monkeypatch):
+    shape, kernel = (1, 128, 56, 56), 31
+    assert plan(shape, kernel, method=method).forward == method
+    monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", method)
+    assert plan(shape, kernel).backward == method
+    assert plan(shape, kernel, method="fft").forward == "fft"  # the argument wins
+    on_gpu = plan(shape, kernel, device="cuda")
+    assert on_gpu.forward == ("fft" if method == "fft" else "native")
+
+
+def test_environment_variable_reaches_the_op(monkeypatch):
+    input, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 1, 7, 7)
+    monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "fft")
+    assert torch.equal(depthwise_conv2d(input, weight), depthwise_conv2d(input, weight, method="fft"))
+    monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "quick")
+    with pytest.raises(
+        ValueError, match="LK_BACKBONES_DEPTHWISE must be one of auto, direct, fft, native, got 'quick'"
+    ):
+        depthwise_conv2d(input, weight)
+
+
+def test_plan_reads_as_a_sentence():
+    text = str(plan((1, 128, 56, 56), 31))
+    assert text.startswith("forward ")
+    assert "thread" in text
+    assert "estimated cost of fft over direct" in text
