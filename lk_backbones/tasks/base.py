@@ -75,7 +75,7 @@ class BaseTask(L.LightningModule):
         if self.hparams["gradient_checkpointing"]:
             _checkpoint_gradients(self.encoder, spec)
         if self.hparams["freeze_encoder"]:
-            self.encoder.requires_grad_(False)
+            self.encoder.requires_grad_(False).eval()
         mean, std = _mean_and_std(self.encoder, spec, self.hparams)
         # saved with the checkpoint, so that it knows by itself how to read a picture
         self.hparams["mean"], self.hparams["std"] = mean, std
@@ -167,7 +167,7 @@ class BaseTask(L.LightningModule):
             **kwargs: As there; unknown ones replace hyper-parameters.
 
         Returns:
-            The task, in evaluation mode.
+            The task, in training mode as every new module: call ``eval()`` before using it without a trainer.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -179,8 +179,7 @@ class BaseTask(L.LightningModule):
                 raise FileNotFoundError(f"there is no checkpoint '{path}'")
         kwargs.setdefault("weights_only", True)  # a checkpoint may come from anywhere: never unpickle arbitrary objects
         with without_encoder_weights():
-            task = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        return task.eval()
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `torch.nn.Module.load_state_dict`, with an error that says what does not fit.

@@ -26,17 +26,19 @@ def resize(x: torch.Tensor, size: tuple[int, int], align_corners: bool = False) 
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+def pad_to_multiple(x: torch.Tensor, multiple: int, smallest: int = 1) -> torch.Tensor:
     """Pad normalised images with zeros (the mean colour) on the right and at the bottom.
 
     Args:
         x: ``(N, C, H, W)``.
         multiple: What height and width shall be multiples of.
+        smallest: What height and width shall at least be.
 
     Returns:
         The padded images, or ``x`` itself if nothing is missing.
     """
-    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    height, width = (max(-(-side // multiple) * multiple, smallest) for side in x.shape[2:])
+    bottom, right = height - x.shape[2], width - x.shape[3]
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 

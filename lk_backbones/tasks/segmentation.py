@@ -128,7 +128,10 @@ class SegmentationTask(BaseTask):
         if auxiliary_weight > 0:
             self.auxiliary_head = _build_auxiliary_head(self.model, num_classes, auxiliary_channels)
         self.align_corners = bool(getattr(self.model, "align_corners", False))
-        self.size_multiple: int = 1 if isinstance(self.model, OpenMMLabUPerNet) else self.model.encoder.output_stride
+        stride: int = self.model.encoder.output_stride
+        self.size_multiple = 1 if isinstance(self.model, OpenMMLabUPerNet) else stride
+        # the feature pyramid attention of PAN halves the encoder's last map three times
+        self.smallest_size = 8 * stride if isinstance(self.model, smp.PAN) else 1
         self.prepare_encoder(spec)
 
         self.loss = SegmentationLoss(loss, num_classes, class_weights, ignore_index)
@@ -168,9 +171,12 @@ class SegmentationTask(BaseTask):
             return sliding_window(self._segment, image, self.hparams["slide_crop"], self.hparams["slide_stride"])
         return self._segment(image)
 
+    def _pad(self, image: torch.Tensor) -> torch.Tensor:
+        return pad_to_multiple(image, self.size_multiple, self.smallest_size)
+
     def _segment(self, image: torch.Tensor) -> torch.Tensor:
         """Logits of normalised images of any size, at their size."""
-        padded = pad_to_multiple(image, self.size_multiple)
+        padded = self._pad(image)
         logits = resize(self.model(padded), _size(padded), self.align_corners)
         return logits[:, :, : image.shape[2], : image.shape[3]]
 
@@ -207,7 +213,7 @@ class SegmentationTask(BaseTask):
                 f"(heights and widths) in a batch with '{_paths(batch, 0)[0]}'"
             )
         height, width = mask.shape[1:]
-        padded = pad_to_multiple(self.normalize(image), self.size_multiple)
+        padded = self._pad(self.normalize(image))
         try:
             if self.auxiliary_head is None:
                 outputs = [self.model(padded)]

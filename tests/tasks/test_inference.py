@@ -24,6 +24,7 @@ def test_pad_to_multiple() -> None:
     torch.testing.assert_close(padded[:, :, :33], image)
     assert not padded[:, :, 33:].any()
     assert pad_to_multiple(image, 1) is image
+    assert pad_to_multiple(image, 16, 64).shape == (2, 3, 64, 64)
 
 
 def test_resize_respects_align_corners() -> None:
