@@ -114,10 +114,8 @@ class BaseTask(L.LightningModule):
         optimizer: torch.optim.Optimizer
         if hparams.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=hparams.lr)
-        elif hparams.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=hparams.lr, momentum=hparams.momentum)
         else:
-            raise ValueError(f"unknown optimizer '{hparams.optimizer}', choose 'adamw' or 'sgd'")
+            optimizer = torch.optim.SGD(groups, lr=hparams.lr, momentum=hparams.momentum)
         total_steps = self.trainer.estimated_stepping_batches
         if not 0 < total_steps < float("inf"):
             raise ValueError("the schedule needs an end: set the trainer's max_steps or max_epochs")

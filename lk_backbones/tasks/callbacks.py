@@ -125,9 +125,8 @@ class SegmentationOverlays(L.Callback):
         order = [c for c in counts.argsort(descending=True).tolist() if counts[c]]
         ious = _ious(maps["Truth"], maps["Prediction"], len(names)) if "Truth" in maps else None
         legend = [(names[c] if ious is None else f"{names[c]}  {100 * ious[c]:.0f} %", colors[c]) for c in order]
-        entries: list[tuple[str, Any]] = [*legend]
-        if not is_class.all():
-            entries.append(("ignored", None))
+        # first, so that it is not cut off a long legend
+        entries: list[tuple[str, Any]] = [*legend] if is_class.all() else [("ignored", None), *legend]
         caption = f"{Path(path).name}, {width} x {height}" + (
             ", IoU in this picture by class" if ious is not None else ""
         )

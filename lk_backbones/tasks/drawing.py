@@ -113,7 +113,7 @@ def draw_panels(
     return figure
 
 
-def fit_size(size: tuple[int, int], smallest: int = 320, largest: int = 640) -> tuple[int, int]:
+def fit_size(size: tuple[int, int], smallest: int = 400, largest: int = 640) -> tuple[int, int]:
     """Width and height to draw a picture at, so that details of small ones and the whole of large ones can be seen."""
     side = max(size)
     scale = min(max(side, smallest), largest) / side

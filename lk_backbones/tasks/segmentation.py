@@ -1,7 +1,5 @@
 """Semantic segmentation: any smp architecture on any encoder, trained and measured as the papers do."""
 
-import inspect
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
@@ -10,19 +8,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import MeanMetric
 
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
+from lk_backbones.tasks.architecture import AUXILIARY_LEVEL, build_auxiliary_head, build_model, check_arguments
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.drawing import Color, default_colors
-from lk_backbones.tasks.encoder import EncoderSpec, nearest, refuse_foreign_weights, resolve_encoder
+from lk_backbones.tasks.encoder import resolve_encoder
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
 from lk_backbones.tasks.metrics import SegmentationMetrics
 
 __all__ = ["SegmentationTask"]
-
-# Index of the third stage's map (stride 16) among the encoder's maps; 0 is the image itself.
-_AUXILIARY_LEVEL = 4
-# Set by arguments of the task, or meaningless in it.
-_RESERVED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params")
 
 
 class SegmentationTask(BaseTask):
@@ -86,7 +80,7 @@ class SegmentationTask(BaseTask):
         self,
         architecture: str = "upernet_openmmlab",
         encoder: str = "replknet_31n",
-        encoder_weights: str | bool | None = None,
+        encoder_weights: bool | str | None = None,
         encoder_kwargs: dict[str, Any] | None = None,
         architecture_kwargs: dict[str, Any] | None = None,
         num_classes: int = 19,
@@ -120,13 +114,13 @@ class SegmentationTask(BaseTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_arguments(self.hparams)
+        check_arguments(self.hparams)
         weights = encoder_weights if self.load_encoder_weights() else None
         spec = resolve_encoder(encoder, weights, encoder_kwargs)
-        self.model: Any = _build_model(architecture, spec, in_channels, num_classes, architecture_kwargs or {})
+        self.model: Any = build_model(architecture, spec, in_channels, num_classes, architecture_kwargs or {})
         self.auxiliary_head: FCNHead | None = None
         if auxiliary_weight > 0:
-            self.auxiliary_head = _build_auxiliary_head(self.model, num_classes, auxiliary_channels)
+            self.auxiliary_head = build_auxiliary_head(self.model, num_classes, auxiliary_channels)
         self.align_corners = bool(getattr(self.model, "align_corners", False))
         stride: int = self.model.encoder.output_stride
         self.size_multiple = 1 if isinstance(self.model, OpenMMLabUPerNet) else stride
@@ -219,7 +213,7 @@ class SegmentationTask(BaseTask):
                 outputs = [self.model(padded)]
             else:
                 features = self.model.encoder(padded)
-                auxiliary = self.auxiliary_head(features[_AUXILIARY_LEVEL])
+                auxiliary = self.auxiliary_head(features[AUXILIARY_LEVEL])
                 outputs = [self.model.segmentation_head(self.model.decoder(features)), auxiliary]
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -335,7 +329,7 @@ class SegmentationTask(BaseTask):
         for key in ("class_names", "class_colors"):
             if self.hparams[key] is None and getattr(data, key, None):
                 self.hparams[key] = [name if key == "class_names" else tuple(name) for name in getattr(data, key)]
-        _check_arguments(self.hparams)
+        check_arguments(self.hparams)
 
     def _checked_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         """The batch's labels as int64 ``(N, H, W)``; on a GPU a wrong one would end the process without a word."""
@@ -360,84 +354,3 @@ def _size(image: torch.Tensor) -> tuple[int, int]:
 
 def _paths(batch: dict[str, Any], batch_idx: int) -> list[str]:
     return [str(path) for path in batch.get("path") or [f"batch_{batch_idx}_{i}" for i in range(len(batch["image"]))]]
-
-
-def _check_arguments(hparams: Any) -> None:
-    """Refuse arguments that contradict each other, before anything is built."""
-    num_classes = hparams["num_classes"]
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts as a class)")
-    for key in ("class_names", "class_colors"):
-        values = hparams[key]
-        if values is not None and len(values) != num_classes:
-            raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
-    names = hparams["class_names"] or []
-    if len(set(names)) != len(names):
-        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
-    for key, low in (
-        ("lr", 0),
-        ("weight_decay", None),
-        ("auxiliary_weight", None),
-        ("layer_decay", 0),
-        ("power", None),
-    ):
-        value = hparams[key]
-        if value < 0 or value == low:
-            raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
-    if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
-        raise ValueError(
-            f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "
-            f"warmup_ratio={hparams['warmup_ratio']} in [0, 1]"
-        )
-    if hparams["inference"] not in ("whole", "slide"):
-        raise ValueError(f"inference='{hparams['inference']}' must be 'whole' or 'slide'")
-    crop, stride = hparams["slide_crop"], hparams["slide_stride"]
-    if not all(0 < s <= c for s, c in zip(stride, crop, strict=True)):
-        raise ValueError(f"slide_stride={tuple(stride)} must be positive and at most slide_crop={tuple(crop)}")
-    if not all(scale > 0 for scale in hparams["tta_scales"] or [1.0]):
-        raise ValueError(f"tta_scales={hparams['tta_scales']} must be positive")
-
-
-def _build_model(
-    architecture: str, spec: EncoderSpec, in_channels: int, num_classes: int, kwargs: dict[str, Any]
-) -> Any:
-    known = smp.MODEL_ARCHITECTURES_MAPPING
-    model_class = known.get(architecture.lower())
-    if model_class is None:
-        raise ValueError(
-            f"unknown architecture '{architecture}'{nearest(architecture, known)}; there are {', '.join(sorted(known))}"
-        )
-    accepted = [
-        name
-        for name, parameter in inspect.signature(model_class).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD and name not in _RESERVED
-    ]
-    for name in kwargs:
-        if name not in accepted:  # smp would pass it on to the encoder, or drop it
-            raise ValueError(f"'{architecture}' has no argument '{name}', only {accepted}{nearest(name, accepted)}")
-    stride = kwargs.get("encoder_output_stride", 32)
-    if stride not in (8, 16, 32):
-        raise ValueError(f"encoder_output_stride={stride} must be 8, 16 or 32")
-    with refuse_foreign_weights(spec) as built:
-        model = model_class(
-            encoder_name=spec.name,
-            encoder_weights=spec.weights,
-            in_channels=in_channels,
-            classes=num_classes,
-            **kwargs,
-            **spec.kwargs,
-        )
-        built.append(model.encoder)
-    return model
-
-
-def _build_auxiliary_head(model: Any, num_classes: int, channels: int) -> FCNHead:
-    if isinstance(model, smp.DPT):
-        raise ValueError("auxiliary_weight: the encoder of 'dpt' has no map for an auxiliary head; use 0")
-    encoder_channels: Sequence[int] = model.encoder.out_channels
-    if len(encoder_channels) <= _AUXILIARY_LEVEL:
-        raise ValueError(
-            f"auxiliary_weight: the auxiliary head reads the encoder's third stage, which encoder_depth="
-            f"{len(encoder_channels) - 1} cuts off; use 4 or 5, or auxiliary_weight=0"
-        )
-    return FCNHead(encoder_channels[_AUXILIARY_LEVEL], num_classes, channels)

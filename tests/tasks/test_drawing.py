@@ -85,7 +85,7 @@ def test_colours_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((64, 32), (320, 160)), ((480, 360), (480, 360)), ((2048, 1024), (640, 320))]
+    ("size", "expected"), [((64, 32), (400, 200)), ((480, 360), (480, 360)), ((2048, 1024), (640, 320))]
 )
 def test_fit_size(size, expected) -> None:
     assert fit_size(size) == expected

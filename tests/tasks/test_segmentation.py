@@ -377,6 +377,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
         ({"warmup_ratio": 2.0}, "warmup_ratio=2.0 in"),
         ({"slide_stride": (600, 1)}, "slide_stride=.* at most slide_crop"),
+        ({"optimizer": "adam"}, "optimizer='adam' must be one of adamw, sgd"),
+        (
+            {"encoder": "replknet_31n", "encoder_kwargs": {"kernal_sizes": 3}},
+            "tu-replknet_31n.* refuses.*'kernal_sizes'",
+        ),
+        ({"encoder": "replknet_31n", "encoder_kwargs": {"kernel_sizes": (30, 29, 27, 13)}}, "odd number, got 30"),
+        (
+            {"encoder": "replknet_31n", "encoder_kwargs": {"output_stride": 12}},
+            "output_stride must be 8, 16 or 32, got 12",
+        ),
         ({"tta_scales": [0.0]}, "tta_scales=.* must be positive"),
         ({"mean": [0.5]}, "mean=.* must have one number per channel, in_channels=3"),
         ({"std": [0.5, 0.0, 1.0]}, "std=.* must be positive"),
