@@ -60,15 +60,21 @@ def _plan(
     rows, columns = _fft.transform_size((height, width), kernel_size)
     transform = FFT_COST.get(instructions, 1.0) * rows * columns * math.log2(max(2, rows * columns))
     copy = COPY_COST * height * width
-    as_is = not channels_last and kernel_width // 2 <= widest_padding()
+    as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
 
     fft_forward = (2 + 1 / batch) * transform + (2 * copy if channels_last else 0)
-    direct_forward = taps + (0 if channels_last or as_is else 2 * copy)
+    direct_forward = taps + (0 if as_is else 2 * copy)
     fft_backward = (3 + 2 / batch) * transform + (3 * copy if channels_last else 0)
-    direct_backward = 2 * taps + (1 if channels_last or as_is else 3) * copy
+    direct_backward = 2 * taps + (1 if as_is else 3) * copy
     possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
+    if possible and fft_forward < direct_forward:
+        forward = "fft"
+    elif as_is and dtype == torch.float32 and not (channels_last and _is_worth_widening(kernel_width)):
+        forward = "native"
+    else:
+        forward = "direct"
     return Plan(
-        "fft" if possible and fft_forward < direct_forward else "direct",
+        forward,
         "fft" if possible and fft_backward < direct_backward else "direct",
         f"{instructions} with {threads} thread(s), {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
         f"fft over direct: {fft_forward / direct_forward:.2f} forward, {fft_backward / direct_backward:.2f} backward",
@@ -106,8 +112,7 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution in the memory format that oneDNN is fast in."""
     if is_channels_last(input) or weight.shape[3] // 2 > widest_padding():
         input = input.contiguous(memory_format=torch.channels_last)
-        if _instructions() == "AVX512" and weight.shape[3] in (11, 13):
-            # oneDNN's register blocking is poor at these widths: 15 taps run in less time.
+        if _is_worth_widening(weight.shape[3]):
             weight = F.pad(weight, [(15 - weight.shape[3]) // 2] * 2)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     return F.conv2d(input, weight, bias, padding=padding, groups=input.shape[1])
@@ -120,26 +125,33 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
     """
     (_, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
     rows = max(1, MAX_TAPS // width)
-    banded = rows < height
-    if banded:
+    padding = (0, pad_width) if rows < height else (pad_height, pad_width)
+    if rows < height:
         input = F.pad(input, (0, 0, pad_height, pad_height))
     images = input.contiguous(memory_format=torch.channels_last).split(1)
-    total = input.new_zeros(1, channels, *kernel_size)
-    for image, grad_image in zip(images, nchw(grad_output).unsqueeze(2), strict=True):
-        if not banded:
-            total += F.conv2d(image, grad_image, padding=(pad_height, pad_width), groups=channels)
-            continue
-        for top in range(0, height, rows):
-            band = grad_image[:, :, top : top + rows]
-            window = image[:, :, top : top + band.shape[2] + 2 * pad_height]
-            total += F.conv2d(window, band, padding=(0, pad_width), groups=channels)
-    return total.transpose(0, 1)
+    kernels = nchw(grad_output).unsqueeze(2)
+    parts = (
+        F.conv2d(
+            image[:, :, top : top + rows + 2 * pad_height],
+            kernel[:, :, top : top + rows],
+            padding=padding,
+            groups=channels,
+        )
+        for image, kernel in zip(images, kernels, strict=True)
+        for top in range(0, height, rows)
+    )
+    return functools.reduce(Tensor.add_, parts).transpose(0, 1)
 
 
 @functools.cache
 def _instructions() -> str:
     """Widest vector instructions that PyTorch uses: ``"AVX512"``, ``"AVX2"`` or another name."""
     return torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else "no oneDNN"
+
+
+def _is_worth_widening(width: int) -> bool:
+    """Whether oneDNN's register blocking is so poor at this width in channels_last that 15 taps run in less time."""
+    return width in (11, 13) and _instructions() == "AVX512"
 
 
 def widest_padding() -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 1_000_000  # per CPU thread: about a core's second-level cache
+CHUNK_BYTES = 500_000  # per CPU thread: with the temporaries, about a core's second-level cache
 CUDA_CHUNK_BYTES = 256_000_000  # bounds the temporaries
 
 

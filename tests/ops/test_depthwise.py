@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lk_backbones.ops import depthwise_conv2d
-from lk_backbones.ops.depthwise import _backward_op, _forward_op
+from lk_backbones.ops import _operators, depthwise_conv2d
 
 TOLERANCE = 5e-6  # relative L2 error in float32
 METHODS = ("auto", "direct", "fft", "native")
@@ -141,10 +140,10 @@ def test_operators_are_well_registered(method, memory_format, dtype):
     weight = torch.randn(3, 1, 7, 3, dtype=dtype, requires_grad=True)
     bias = torch.randn(3, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 3, 5, 6, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(_forward_op, (input, weight, bias, (1, 1), method))
-    torch.library.opcheck(_forward_op, (input, weight, None, (2, 1), method))
+    torch.library.opcheck(_operators.forward, (input, weight, bias, (1, 1), method))
+    torch.library.opcheck(_operators.forward, (input, weight, None, (2, 1), method))
     for mask in ([True, True], [True, False], [False, True]):
-        torch.library.opcheck(_backward_op, (grad, input, weight, (1, 1), method, mask))
+        torch.library.opcheck(_operators.backward, (grad, input, weight, (1, 1), method, mask))
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):

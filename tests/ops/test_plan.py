@@ -26,35 +26,39 @@ def avx512(monkeypatch):
 
 
 @pytest.mark.usefixtures("avx512")
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "kernel", "forward", "backward"),
+    ("shape", "kernel", "nchw", "channels_last"),
     [
         # Far from the border between the paths, whatever the constants are fitted to.
-        ((1, 512, 14, 14), 27, "direct", "direct"),
-        ((8, 1024, 7, 7), 13, "direct", "direct"),
-        ((8, 128, 56, 56), 31, "fft", "fft"),
-        ((1, 128, 128, 128), 31, "fft", "fft"),
-        ((1, 96, 128, 128), 51, "fft", "fft"),
-        ((1, 96, 56, 56), (51, 5), "direct", "direct"),
-        ((1, 96, 56, 56), (5, 51), "direct", "direct"),
-        ((1, 128, 56, 56), 7, "direct", "direct"),
-        ((1, 128, 56, 56), 3, "native", "native"),
-        ((1, 128, 56, 56), (51, 3), "native", "native"),
-        ((0, 128, 56, 56), 31, "native", "native"),
+        ((1, 512, 14, 14), 27, ("direct", "direct"), ("native", "direct")),
+        ((8, 1024, 7, 7), 13, ("native", "direct"), ("direct", "direct")),  # 13 taps run as 15 in channels_last
+        ((8, 128, 56, 56), 31, ("fft", "fft"), ("fft", "fft")),
+        ((1, 128, 128, 128), 31, ("fft", "fft"), ("fft", "fft")),
+        ((1, 96, 128, 128), 51, ("fft", "fft"), ("fft", "fft")),
+        ((1, 96, 56, 56), (51, 5), ("native", "direct"), ("native", "direct")),
+        ((1, 96, 56, 56), (5, 51), ("direct", "direct"), ("native", "direct")),
+        ((1, 128, 56, 56), 7, ("native", "direct"), ("native", "direct")),
+        ((1, 128, 56, 56), 3, ("native", "native"), ("native", "native")),
+        ((1, 128, 56, 56), (51, 3), ("native", "native"), ("native", "native")),
+        ((0, 128, 56, 56), 31, ("native", "native"), ("native", "native")),
     ],
 )
-def test_cpu_rule(shape, kernel, forward, backward, channels_last):
-    chosen = plan(shape, kernel, channels_last=channels_last)
-    assert (chosen.forward, chosen.backward) == (forward, backward)
+def test_cpu_rule(shape, kernel, nchw, channels_last):
+    for expected, is_channels_last in ((nchw, False), (channels_last, True)):
+        chosen = plan(shape, kernel, channels_last=is_channels_last)
+        assert (chosen.forward, chosen.backward) == expected
+    half = plan(shape, kernel, dtype=torch.bfloat16)  # computed in float32
+    assert half.forward == ("direct" if nchw == ("native", "direct") else nchw[0])
 
 
 @pytest.mark.usefixtures("avx512")
 def test_rule_sees_what_is_computed():
-    far = plan((1, 64, 14, 14), 101)
-    assert (far.forward, far.backward) == ("direct", "direct")  # cropped to 27 taps, the rest is never touched
+    for channels_last in (False, True):  # cropped to 27 taps, which PyTorch does not do
+        far = plan((1, 64, 14, 14), 101, channels_last=channels_last)
+        assert (far.forward, far.backward) == ("direct", "direct")
     assert plan((1, 64, 128, 128), 31, dilation=8).forward == "direct"  # sixty-four dense maps of 16
     assert plan((1, 64, 64, 64), (5, 5), dilation=2).forward == "native"
+    assert plan((1, 64, 64, 64), (5, 5), dilation=4).forward == "direct"
     assert plan((1, 64, 64, 64), (5, 5), dilation=2).backward == "direct"
     assert plan((1, 8, 56, 56), 31, dtype=torch.float64).forward == "fft"
     assert plan((1, 8, 56, 56), 5, dtype=torch.float64).forward == "native"

@@ -1,0 +1,284 @@
+"""The two registered torch operators behind the op: the convolution and its backward, with their autograd.
+
+Each is linear in every tensor it takes, so the gradients of both are made of the same two operators and derivatives of
+any order work.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from lk_backbones.ops import _cpu, _cuda
+from lk_backbones.ops._plan import Plan, resolve_method
+from lk_backbones.ops._shapes import (
+    crop,
+    crop_kernel,
+    in_format,
+    is_channels_last,
+    join_phases,
+    memory_format,
+    phase_size,
+    split_phases,
+    uncrop,
+)
+
+
+def pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
+    """Dilation of rows and columns.
+
+    Raises:
+        ValueError: If it is not one or two positive integers.
+    """
+    pair = tuple(dilation) if isinstance(dilation, (tuple, list)) else (dilation, dilation)
+    if len(pair) != 2 or not all(isinstance(step, int) and step >= 1 for step in pair):
+        raise ValueError(f"dilation must be a positive integer or a pair of them, got {dilation}")
+    return pair[0], pair[1]
+
+
+def _kernel_size(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2], weight.shape[3]
+
+
+def _map_size(input: Tensor) -> tuple[int, int]:
+    return input.shape[2], input.shape[3]
+
+
+def _padding(weight: Tensor, dilation: tuple[int, int]) -> list[int]:
+    return [distance * (size // 2) for distance, size in zip(dilation, _kernel_size(weight), strict=True)]
+
+
+def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bool:
+    """Whether PyTorch's own operator is best whatever the map, so that nothing need stand between it and the caller."""
+    if device == "cpu":
+        return weight.shape[3] <= 3 and dilation == (1, 1)
+    return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
+
+
+def plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
+    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
+    if method == "auto" and native_is_best(device, weight, dilation):
+        return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
+    method = resolve_method(method)
+    if input.numel() == 0:
+        return Plan("native", "native", "the input is empty")
+    if method == "native" or (method == "direct" and device != "cpu"):
+        return Plan("native", "native", f"method {method!r} asked for")
+    if method != "auto":
+        return Plan(method, method, f"method {method!r} asked for")
+    rows, columns = phase_size(_map_size(input), dilation)
+    shape = (input.shape[0] * dilation[0] * dilation[1], input.shape[1], rows, columns)
+    kernel_size = crop_kernel(_kernel_size(weight), (rows, columns))
+    if device == "cuda":
+        return _cuda.plan(shape, kernel_size, input.dtype)
+    chosen = _cpu.plan(shape, kernel_size, input.dtype, is_channels_last(input))
+    if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == _kernel_size(weight)):
+        return chosen
+    # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
+    narrow = dilation != (1, 1) and _padding(weight, dilation)[1] <= _cpu.widest_padding()
+    return Plan("native" if narrow else "direct", chosen.backward, chosen.reason)
+
+
+def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:
+    """PyTorch's own operator."""
+    padding = _padding(weight, dilation)
+    return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+
+
+@torch.library.custom_op(
+    "lk_backbones::depthwise_conv2d",
+    mutates_args=(),
+    schema="(Tensor input, Tensor weight, Tensor? bias, SymInt[2] dilation, str method) -> Tensor",
+)
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
+    """Output ``(N, C, H, W)``, in the memory format of ``input``."""
+    device, dilation = input.device.type, pair(dilation)
+    path = plan(input, weight, dilation, method, device).forward
+    with _without_autocast(device):
+        if path == "native":
+            output = native(input, weight, bias, dilation)
+        else:
+            maps, kernel = _prepare(input, weight, dilation)
+            backend = _cuda if device == "cuda" else _cpu
+            output = backend.forward(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
+            output = join_phases(output, _map_size(input), dilation)
+        return in_format(output.to(input.dtype), memory_format(input))
+
+
+@forward.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
+    return torch.empty_like(input, memory_format=memory_format(input))
+
+
+@torch.library.custom_op(
+    "lk_backbones::depthwise_conv2d_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] dilation, str method, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+)
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    dilation: tuple[int, int],
+    method: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``input`` and ``weight``, each in the layout of what it belongs to; empty where not wanted."""
+    device, dilation = input.device.type, pair(dilation)
+    path = plan(input, weight, dilation, method, device).backward
+    with _without_autocast(device):
+        if path == "native":
+            grad_input, grad_weight = _native_backward(grad_output, input, weight, dilation, output_mask)
+        else:
+            maps, kernel = _prepare(input, weight, dilation)
+            grad_maps = split_phases(grad_output.to(maps.dtype), dilation)
+            backend = _cuda if device == "cuda" else _cpu
+            grad_input, grad_weight = backend.backward(grad_maps, maps, kernel, path, output_mask)
+            if grad_input is not None:
+                grad_input = join_phases(grad_input, _map_size(input), dilation)
+            if grad_weight is not None:
+                grad_weight = uncrop(grad_weight, _kernel_size(weight))
+        return (
+            _absent(input) if grad_input is None else in_format(grad_input.to(input.dtype), memory_format(input)),
+            _absent(weight) if grad_weight is None else torch.empty_like(weight).copy_(grad_weight),
+        )
+
+
+@backward.register_fake
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    dilation: tuple[int, int],
+    method: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(input, memory_format=memory_format(input)) if output_mask[0] else _absent(input),
+        torch.empty_like(weight) if output_mask[1] else _absent(weight),
+    )
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside the operators dtypes are settled; entering a context costs, so only where autocast is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _absent(like: Tensor) -> Tensor:
+    """Stands for a gradient that nobody asked for: operators must return tensors."""
+    return like.new_empty(0)
+
+
+def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    maps = split_phases(input.to(dtype), dilation)
+    return maps, crop(weight.to(dtype), _map_size(maps))
+
+
+def _native_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, dilation: tuple[int, int], output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        weight,
+        None,  # no bias
+        [1, 1],
+        _padding(weight, dilation),
+        dilation,
+        False,  # not transposed
+        [0, 0],
+        weight.shape[0],
+        [*output_mask, False],
+    )
+    return grad_input, grad_weight
+
+
+def _save_for_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, ctx.dilation, ctx.method = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _forward_gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight = ctx.saved_tensors
+    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grad_input = grad_weight = None
+    if need_input or need_weight:
+        mask = [need_input, need_weight]
+        grad_input, grad_weight = backward(grad_output, input, weight, ctx.dilation, ctx.method, mask)
+    return (
+        grad_input if need_input else None,
+        grad_weight if need_weight else None,
+        grad_output.sum((0, 2, 3)) if need_bias else None,
+        None,
+        None,
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad_output, input, weight, ctx.dilation, ctx.method, ctx.output_mask = inputs
+    ctx.save_for_backward(grad_output, input, weight)
+
+
+def _backward_gradient(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of the backward: as it is linear in each tensor, the same two operators with other operands."""
+    grad_output, input, weight = ctx.saved_tensors
+    need_grad_output, need_input, need_weight = ctx.needs_input_grad[:3]
+    has_input, has_weight = ctx.output_mask
+    new_grad_output = new_input = new_weight = None
+    if need_grad_output:
+        if has_input:
+            new_grad_output = forward(grad_grad_input, weight, None, ctx.dilation, ctx.method)
+        if has_weight:
+            term = forward(input, grad_grad_weight, None, ctx.dilation, ctx.method)
+            new_grad_output = term if new_grad_output is None else new_grad_output + term
+    need_input, need_weight = need_input and has_weight, need_weight and has_input
+    if need_input or need_weight:
+        new_input, new_weight = backward(
+            grad_output,
+            grad_grad_input if has_input else input,  # the mask keeps the second choice out of the results
+            grad_grad_weight if has_weight else weight,
+            ctx.dilation,
+            ctx.method,
+            [need_input, need_weight],
+        )
+    return (
+        new_grad_output,
+        new_input if need_input else None,
+        new_weight if need_weight else None,
+        None,
+        None,
+        None,
+    )
+
+
+forward.register_autograd(_forward_gradient, setup_context=_save_for_forward)
+backward.register_autograd(_backward_gradient, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.lk_backbones.depthwise_conv2d)
+def _forward_flops(
+    input: list[int], weight: list[int], bias: list[int] | None, dilation: list[int], method: str, **_: Any
+) -> int:
+    """As PyTorch counts its own convolution: every tap, also those over the padding."""
+    return conv_flop_count(input, weight, input, transposed=False)
+
+
+@register_flop_formula(torch.ops.lk_backbones.depthwise_conv2d_backward)
+def _backward_flops(
+    grad_output: list[int],
+    input: list[int],
+    weight: list[int],
+    dilation: list[int],
+    method: str,
+    output_mask: list[bool],
+    **_: Any,
+) -> int:
+    return sum(output_mask) * conv_flop_count(input, weight, input, transposed=False)
