@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,7 @@ def _lightning(args: list[str]) -> None:
 
     import lk_backbones.data
     import lk_backbones.tasks  # noqa: F401, so that short class names resolve
+    from lk_backbones.tasks.base import without_encoder_weights
     from lk_backbones.tasks.callbacks import IoUTable, ReproducibleSteps, SegmentationOverlays
 
     class CLI(LightningCLI):
@@ -118,16 +121,36 @@ def _lightning(args: list[str]) -> None:
         def _parse_ckpt_path(self) -> None:
             """Lightning would let the checkpoint win over flags; :func:`_from_checkpoint` lets flags win."""
 
-    CLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lk-backbones"},
-        args=_pictures(_from_checkpoint(args)),
-    )
+    # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    restored = args[0] != "fit" and _option(args, "--ckpt_path") is not None
+    # A checkpoint holds every weight: those that its encoder started from are not fetched again.
+    with without_encoder_weights() if restored else nullcontext():
+        cli = CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lk-backbones"},
+            args=_pictures(_from_checkpoint(args)),
+        )
+    if cli.trainer.is_global_zero:
+        _say_where(cli.trainer)
+
+
+def _say_where(trainer: Any) -> None:
+    """Name what a run has left on the disk."""
+    lines = []
+    overlays = next((callback for callback in trainer.callbacks if hasattr(callback, "folder")), None)
+    if overlays is not None and overlays.folder.is_dir():
+        lines.append(f"pictures:   {overlays.folder}")
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if trainer.state.fn == "fit" and checkpoint:
+        lines.append(f"checkpoint: {os.path.relpath(checkpoint)}")
+    for line in lines:
+        print(line)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -163,8 +186,7 @@ def _from_checkpoint(args: list[str]) -> list[str]:
     has_config = _option(args, "--config") is not None
     if not has_config and not any(arg.split("=")[0] == "--model" for arg in args):
         class_path = hyper_parameters.pop("_class_path", "lk_backbones.tasks.SegmentationTask")
-        # The checkpoint holds every weight; those that the encoder started from are not fetched again.
-        known += ["--model", _config(class_path, hyper_parameters | {"encoder_weights": None})]
+        known += ["--model", _config(class_path, hyper_parameters)]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     given = any(arg.split("=")[0] in ("--data", "--pictures") for arg in args)
     if not has_config and not given and "_class_path" in data:
@@ -182,16 +204,14 @@ def _pictures(args: list[str]) -> list[str]:
     folder = _option(args, "--pictures")
     if args[0] != "predict" or folder is None:
         return args
-    out = []
-    skip = False
-    for arg in args:
-        if skip:
-            skip = False
-        elif arg == "--pictures":
-            skip = True
+    rest = []
+    arguments = iter(args[1:])
+    for arg in arguments:
+        if arg == "--pictures":
+            next(arguments)
         elif not arg.startswith("--pictures="):
-            out.append(arg)
-    return [*out, "--data", "PictureFolderDataModule", "--data.folder", folder]
+            rest.append(arg)
+    return [args[0], "--data", "PictureFolderDataModule", "--data.folder", folder, *rest]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import albumentations as A
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lk_backbones.data.checks import check_sizes, for_all, require_same_size
@@ -245,6 +246,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
         self._table: ClassTable | None = None
         self._datasets: dict[Split, SegmentationDataset] = {}
+        self._state_of_checkpoint: dict[str, Any] = {}
 
     # --- What a subclass gives -------------------------------------------------------------------------------------
 
@@ -360,17 +362,37 @@ class SegmentationDataModule(LightningDataModule, ABC):
             drop_last=True,  # batch norm and pyramid pooling fail on a last batch of one
             worker_init_fn=init_worker,
             persistent_workers=self.num_workers > 0,
-            batches_done=self._resumed_position(),
+            batches_done=self._batches_done(),
         )
 
-    def _resumed_position(self) -> Callable[[], int] | None:
-        """Returns what tells the position within an epoch that a run continues in, None if no run is being resumed."""
+    def _batches_done(self) -> Callable[[], int] | None:
+        """Returns what tells how many batches of the epoch that begins were processed before a restart.
+
+        Whether a run is being resumed need not be known yet: where the task asks for the number of steps, Lightning makes
+        the loader before it restores the checkpoint.
+        """
         trainer = self.trainer
-        if trainer is None or not trainer.training or not trainer.fit_loop.restarting:
+        if trainer is None or not trainer.training:
             return None
         if trainer.train_dataloader is not None:
             return None  # the training loop has its loader already; this one is for somebody else
-        return lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+        def batches_done() -> int:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if batches:
+                self._warn_if_changed()
+            return batches
+
+        return batches_done
+
+    def _warn_if_changed(self) -> None:
+        now, then = self.state_dict(), self._state_of_checkpoint
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key, now[key]) != now[key]]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint was saved within an epoch, and the data has changed since ({', '.join(changed)}): "
+                "the rest of this epoch will repeat or leave out some samples."
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the loader of the validation split."""
@@ -388,12 +410,14 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return evaluation_loader(self.dataset(split), self.val_batch_size, self.num_workers, self.pin_memory, collate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of the data: the seed."""
-        return {"seed": self.seed}
+        """Returns what a checkpoint keeps: the seed, and what an epoch was made up of."""
+        samples = len(self._datasets["train"]) if "train" in self._datasets else 0
+        return {"seed": self.seed, "training_images": samples, "batch_size": self.batch_size, "processes": world()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the seed of a checkpoint, so that the run goes on as it began."""
         self.seed = state_dict["seed"]
+        self._state_of_checkpoint = state_dict
 
 
 def keep_hyperparameters(module: LightningDataModule) -> None:

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 
 import torch.nn as nn
-from timm.models import is_model, register_model
+from timm.models import is_model, register_model, register_notrace_module
+
+from lk_backbones.layers import DepthwiseConv2d
 
 __all__ = ["list_encoders", "register_encoder"]
+
+# timm's graph tracing takes the convolution as one node, as it does torch's own.
+register_notrace_module(DepthwiseConv2d)
 
 _ENCODERS: list[str] = []
 

@@ -9,8 +9,6 @@ of the stage that follows it, so that timm's feature extraction sees one module 
 renames the published keys.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -325,7 +323,10 @@ class RepLKNet(nn.Module):
             global_pool: New pooling, or ``None`` to keep it.
         """
         self.num_classes = num_classes
+        self.head.in_features = self.num_features  # which pruning changes
         self.head.reset(num_classes, global_pool)
+        self.head.to(self.stem[0].conv.weight)  # older timm forgets device and dtype
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -360,7 +361,8 @@ class RepLKNet(nn.Module):
         x = self.stem[:3](x)
         if 0 in take_indices:
             intermediates.append(x)
-        x = self.stem[3](x)
+        if len(self.stem) > 3:  # else pruned to level 0
+            x = self.stem[3](x)
         stages = self.stages[:max_index] if stop_early else self.stages
         for level, stage in enumerate(stages, start=1):
             x = stage(x)
@@ -381,7 +383,7 @@ class RepLKNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen levels do not need.
+        """Remove what the chosen levels do not need; without the last stage, that includes norm and classifier.
 
         Args:
             indices: Levels to keep, as in `forward_intermediates`.
@@ -392,10 +394,15 @@ class RepLKNet(nn.Module):
             The levels kept.
         """
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        shortened = max_index < len(self.stages)  # norm and classifier no longer fit what is left
         self.stages = self.stages[:max_index]
-        if prune_norm:
+        if max_index == 0:
+            self.stem = self.stem[:3]
+        if shortened:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shortened:
             self.reset_classifier(0, "")
         return take_indices
 

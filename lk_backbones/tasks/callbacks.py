@@ -50,6 +50,11 @@ class SegmentationOverlays(L.Callback):
         self._folder = Path()
         self._taken: dict[str, str] = {}
 
+    @property
+    def folder(self) -> Path:
+        """Where the pictures of the current or last run are."""
+        return self._folder
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, in all processes together; Lightning calls it."""
         if not isinstance(pl_module, SegmentationTask):

@@ -90,6 +90,10 @@ def test_prune_keeps_the_chosen_levels(small_encoder: str) -> None:
     assert model.prune_intermediate_layers([1, 3], prune_norm=True) == [1, 3]
     assert len(model.stages) == 3
     torch.testing.assert_close(model.forward_intermediates(x, indices=[1, 3], intermediates_only=True), expected)
+    torch.testing.assert_close(model(x), expected[-1])  # no norm, no pooling, no classifier left
+    assert model.num_features == expected[-1].shape[1]
+    model.prune_intermediate_layers([0])
+    assert not [name for name, _ in model.named_parameters() if not name.startswith(("stem.0", "stem.1", "stem.2"))]
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])

@@ -1,0 +1,182 @@
+"""The command line as users call it: real trainers, real files, real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lk_backbones.cli import main
+
+TINY = [
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0"),
+]
+SCENES = [
+    *("--model", "SegmentationTask", "--model.architecture", "fpn", "--model.encoder", "replknet_31n"),
+    *("--model.num_classes", "9", "--model.encoder_kwargs", '{"drop_path_rate": 0.2, "kernel_sizes": 7}'),
+    *("--data", "SyntheticScenesDataModule", "--data.image_size", "[64, 64]", "--data.batch_size", "2"),
+    *("--data.train_images", "12", "--data.val_images", "3", "--data.test_images", "3", "--data.num_workers", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training; returns its folder."""
+    root = tmp_path_factory.mktemp("run")
+    main(
+        ["fit", *SCENES, *TINY, "--trainer.max_epochs", "1", "--trainer.default_root_dir", str(root)]
+        + ["--seed_everything", "3"]
+    )
+    return root
+
+
+@pytest.fixture
+def checkpoint(run: Path) -> str:
+    (path,) = run.rglob("*.ckpt")
+    return str(path)
+
+
+def test_fit_leaves_pictures_logs_and_a_checkpoint(run: Path, checkpoint: str) -> None:
+    pictures = list(run.rglob("overlays/val/**/*.png"))
+    assert len(pictures) == 3
+    assert len({Image.open(path).size for path in pictures}) >= 1
+    assert list(run.rglob("events.out.tfevents*"))
+    assert list(run.rglob("config.yaml"))
+
+
+def test_a_checkpoint_alone_validates_to_the_same_numbers(
+    run: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = torch.load(checkpoint, weights_only=True)["callbacks"]
+    assert trained
+    main(["validate", "--ckpt_path", checkpoint, *TINY, "--trainer.logger", "false"])
+    first = capsys.readouterr().out
+    main(["validate", "--ckpt_path", checkpoint, *TINY, "--trainer.logger", "false"])
+    second = capsys.readouterr().out
+    assert "mean IoU" in first
+    assert [line for line in first.splitlines() if "│" in line] == [
+        line for line in second.splitlines() if "│" in line
+    ]
+
+
+def test_flags_win_over_the_checkpoint(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model.tta_flip", "true", "--data.val_images", "1"]
+    main(["validate", "--ckpt_path", checkpoint, *flags, *TINY, "--overlays.directory", str(tmp_path / "o")])
+    assert len(list((tmp_path / "o").rglob("*.png"))) == 1
+
+
+def test_predict_writes_a_label_map_and_an_overlay_of_every_picture(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    generator = np.random.default_rng(0)
+    sizes = {"a": (70, 45), "b": (64, 64)}
+    for name, (width, height) in sizes.items():
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(pictures / f"{name}.png")
+    out = tmp_path / "out"
+    main(
+        ["predict", "--ckpt_path", checkpoint, "--pictures", str(pictures), "--overlays.directory", str(out), *TINY]
+        + ["--trainer.logger", "false", "--data.num_workers", "0"]
+    )
+    assert str(out) in capsys.readouterr().out
+    for name, size in sizes.items():
+        labels = Image.open(out / "label_maps" / f"{name}.png")
+        assert labels.size == size
+        assert np.asarray(labels).max() < 9
+        assert (out / "overlays" / f"{name}.png").is_file()
+
+
+def test_models_lists_parameters_kernels_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "replknet_xl"])
+    out = capsys.readouterr().out
+    assert "333.4 M" in out
+    assert "27-27-27-13" in out
+    assert "meg73m_ft_in1k_320" in out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("fit", "validate", "test", "predict", "models"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["models", "nothing*"], "no encoder matches"),
+        (["test", "--ckpt_path", "missing.ckpt"], "there is no checkpoint missing.ckpt"),
+        (["fit", *SCENES, "--model.encoder", "replknet_31m"], "replknet_31"),
+        (["fit", *SCENES, "--model.architecture", "upernett"], "upernet"),
+        (["fit", *SCENES, *TINY, "--trainer.max_epochs", "1", "--model.num_classes", "5"], "num_classes=9"),
+        (["predict", "--pictures", "missing", *SCENES[:8], *TINY], "missing"),
+    ],
+)
+def test_mistakes_get_one_clear_error(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code not in (0, None)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", str(path)])
+    assert "broken.ckpt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    def command(folder: str, *more: str) -> list[str]:
+        options = [*SCENES, *TINY, "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"]
+        options += ["--seed_everything", "7", "--trainer.deterministic", "true", "--trainer.logger", "false"]
+        options += ["--trainer.callbacks", "lightning.pytorch.callbacks.ModelCheckpoint"]
+        options += ["--trainer.callbacks.every_n_train_steps", "2", "--trainer.callbacks.dirpath", folder]
+        options += ["--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "{step}"]
+        options += ["--trainer.callbacks.auto_insert_metric_name", "false"]
+        return [sys.executable, "-m", "lk_backbones.cli", "fit", *options, *more]
+
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    subprocess.run(command(str(undisturbed)), check=True, env=env, cwd=tmp_path, capture_output=True)
+
+    process = subprocess.Popen(
+        command(str(killed)), env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    waited_for = killed / "4.ckpt"  # in the middle of the first epoch of 6 steps
+    deadline = time.monotonic() + 300
+    while not waited_for.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert waited_for.exists()
+    for path in killed.glob("*.ckpt"):
+        if path != waited_for:
+            path.unlink()
+
+    resume = command(str(killed), "--ckpt_path", str(waited_for))
+    subprocess.run(resume, check=True, env=env, cwd=tmp_path, capture_output=True)
+    first, second = (torch.load(d / "12.ckpt", weights_only=True)["state_dict"] for d in (undisturbed, killed))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key

@@ -1,0 +1,82 @@
+"""Every recipe parses, builds, and trains on the number of samples that its published result was trained on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lk_backbones.data
+import lk_backbones.tasks
+from lk_backbones.cli import main
+from lk_backbones.tasks.base import without_encoder_weights
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PUBLISHED = [path for path in RECIPES if path.parent.name in ("cityscapes", "ade20k")]
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def test_there_are_recipes() -> None:
+    assert {path.parent.name for path in RECIPES} == {"quickstart", "camvid", "cityscapes", "ade20k"}
+    assert len(PUBLISHED) == 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_the_command_line_accepts_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert stopped.value.code in (0, None)
+    assert read(path)["seed_everything"] == yaml.safe_load(capsys.readouterr().out)["seed_everything"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_model_and_data_agree(path: Path) -> None:
+    config = read(path)
+    with without_encoder_weights(), torch.device("meta"):
+        task = lk_backbones.tasks.SegmentationTask(**config["model"]["init_args"])
+    data = getattr(lk_backbones.data, config["data"]["class_path"])(**config["data"]["init_args"])
+    if path.parent.name != "camvid":  # whose classes are read from its folder
+        assert data.num_classes == task.hparams["num_classes"]
+    for mean, fill in zip(task.hparams["mean"], data.image_fill, strict=True):
+        assert mean == pytest.approx(fill, abs=1e-3), "the padding must become 0 when normalised"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name)
+def test_published_recipes_see_the_published_number_of_samples(path: Path) -> None:
+    config = read(path)
+    trainer = config["trainer"]
+    (expected,) = [c["init_args"] for c in trainer["callbacks"] if c["class_path"].endswith("SamplesSeen")]
+    batch_size = trainer["devices"] * config["data"]["init_args"]["batch_size"] * trainer["accumulate_grad_batches"]
+    assert batch_size == expected["expected_batch_size"]
+    assert batch_size * trainer["max_steps"] == expected["expected_samples"]
+    assert expected["expected_samples"] == {"cityscapes": 1_280_000, "ade20k": 5_120_000}[path.parent.name]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name)
+def test_published_recipes_have_the_published_size(path: Path) -> None:
+    text = path.read_text()
+    published = float(re.search(r"(\d+) M parameters", text).group(1))
+    with without_encoder_weights(), torch.device("meta"):
+        task = lk_backbones.tasks.SegmentationTask(**read(path)["model"]["init_args"])
+    # The tables count the inference model, without the auxiliary head.
+    parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
+    assert parameters == pytest.approx(published, rel=0.025)
+    assert "mIoU" in text
+    assert "single-scale" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_the_head_comment_gives_the_command(path: Path) -> None:
+    assert f"lk-backbones fit --config {path.relative_to(ROOT).as_posix()}" in path.read_text()
