@@ -2,6 +2,7 @@
 
 from lk_backbones.tasks.base import BaseTask, without_encoder_weights
 from lk_backbones.tasks.callbacks import IoUTable, ReproducibleSteps, SamplesSeen, SegmentationOverlays
+from lk_backbones.tasks.openmmlab import openmmlab_state_dict
 from lk_backbones.tasks.segmentation import SegmentationTask
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "SamplesSeen",
     "SegmentationOverlays",
     "SegmentationTask",
+    "openmmlab_state_dict",
     "without_encoder_weights",
 ]

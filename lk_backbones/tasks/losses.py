@@ -107,7 +107,7 @@ class SegmentationLoss(nn.Module):
         Returns:
             A scalar; 0, with zero gradients, if every pixel is ignored.
         """
-        logits = logits.float()
+        logits, mask = logits.float().contiguous(), mask.contiguous()  # smp 0.5 views them flat
         loss = torch.zeros((), device=logits.device)
         for name, term in self.terms.items():
             # focal and Lovász losses select pixels by a mask and would average over nothing

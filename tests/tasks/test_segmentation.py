@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchmetrics.classification import MulticlassJaccardIndex
 
+import lk_backbones
 from lk_backbones.heads import OpenMMLabUPerNet
 from lk_backbones.tasks import SegmentationTask
 from lk_backbones.tasks.inference import sliding_window
@@ -143,6 +144,17 @@ def test_synchronised_batch_norm_keeps_weights_and_outputs() -> None:
     assert not any(type(m) is torch.nn.BatchNorm2d for m in converted.modules())
     assert converted.state_dict().keys() == keys
     torch.testing.assert_close(converted(image), expected)
+
+
+def test_folding_a_task_keeps_its_outputs() -> None:
+    torch.manual_seed(0)
+    task = upernet(auxiliary_weight=0.4)
+    with torch.no_grad():
+        task.train()(torch.rand(4, 3, 64, 64))  # batch norms that do something
+        image = torch.rand(1, 3, 64, 64)
+        expected = task.eval()(image)
+        actual = lk_backbones.reparameterize(task)(image)
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 # --- architectures, sizes, channels ---------------------------------------------------------------------
