@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -41,12 +40,19 @@ class TrainingSampler(DistributedSampler[Any]):
     Attributes:
         start: Number of this process's samples to leave out at the head of the epoch, because they were seen before
             a restart. The length stays that of the whole epoch, as Lightning counts that way.
+        is_announced: Whether :meth:`set_epoch` was called since the last epoch began.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0):
         replicas, rank = world()
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
         self.start = 0
+        self.is_announced = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch; a Trainer does so before each."""
+        super().set_epoch(epoch)
+        self.is_announced = True
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
@@ -76,26 +82,20 @@ class TrainingLoader(DataLoader[Any]):
         self.batches_done = batches_done
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = self.batches_done() if self.batches_done is not None else 0
-        self.batches_done = None  # later epochs begin at their beginning
         if isinstance(self.sampler, TrainingSampler):
+            # Lightning has just told the epoch, so it is the training loop that asks, and not, say, a callback.
+            is_loop, self.sampler.is_announced = self.sampler.is_announced, False
+            batches = self.batches_done() if is_loop and self.batches_done is not None else 0
             self.sampler.start = batches * (self.batch_size or 1)
         yield from super().__iter__()
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns what the position in an epoch means anything for; Lightning keeps the position itself."""
-        replicas = getattr(self.sampler, "num_replicas", 1)
-        return {"samples": len(self.sampler), "batch_size": self.batch_size or 1, "processes": replicas}  # type: ignore[arg-type]
+    # Lightning warns of resuming within an epoch unless a loader has these two.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns an empty state: the position follows from the progress that Lightning keeps itself."""
+        return {}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Warns when a run is continued in the middle of an epoch that is now made up differently."""
-        now = self.state_dict()
-        changed = [f"{key} {state_dict[key]} -> {now[key]}" for key in now if state_dict.get(key, now[key]) != now[key]]
-        if changed:
-            rank_zero_warn(
-                f"The checkpoint was saved within an epoch, and the loader has changed since ({', '.join(changed)}): "
-                "the rest of this epoch will repeat or leave out some samples."
-            )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing; see :meth:`state_dict`."""
 
 
 def evaluation_loader(

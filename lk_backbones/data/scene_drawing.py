@@ -126,7 +126,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         horizon=horizon,
         vanishing_x=aspect * rng.uniform(0.46, 0.54),
         bottom_x=aspect * rng.uniform(0.46, 0.54),
-        far_width=aspect * rng.uniform(0.18, 0.24),
+        far_width=aspect * rng.uniform(0.46, 0.56),
         near_width=aspect * rng.uniform(0.88, 1.0),
         lanes=4 if rng.random() < 0.7 else 2,
     )
@@ -240,7 +240,7 @@ def _draw_trees(canvas: Canvas, rng: np.random.Generator, street: _Street) -> No
     places = [(rng.uniform(0.10, 0.30), side) for side in (-1, 1) for _ in range(rng.integers(0, 3))]
     for near, side in sorted(places):
         kerb = street.x(near, 0 if side < 0 else street.lanes)
-        x = kerb + side * rng.uniform(0.10, 0.34)
+        x = kerb + side * rng.uniform(0.08, 0.24)
         y, size = street.y(near), 0.10 + 0.16 * near + rng.uniform(0.0, 0.02)
         code = canvas.add_object(TREE)
         trunk = canvas.color((104, 78, 58))
@@ -258,7 +258,7 @@ def _draw_trees(canvas: Canvas, rng: np.random.Generator, street: _Street) -> No
 
 
 def _draw_gantry(canvas: Canvas, rng: np.random.Generator, street: _Street, is_green: np.ndarray) -> None:
-    near = rng.uniform(0.24, 0.30)  # where its posts stand
+    near = rng.uniform(0.34, 0.42)  # where its posts stand
     beam, foot = rng.uniform(0.10, 0.15), street.y(near)
     metal, shade = canvas.color((120, 126, 134)), canvas.color((84, 90, 98))
     left, right = street.x(near, -0.35), street.x(near, street.lanes + 0.35)
@@ -267,7 +267,7 @@ def _draw_gantry(canvas: Canvas, rng: np.random.Generator, street: _Street, is_g
         canvas.box(x - 0.009, beam, x + 0.009, foot, shade, code)
     canvas.box(left - 0.02, beam - 0.014, right + 0.02, beam + 0.014, metal, code)
     canvas.box(left - 0.02, beam + 0.006, right + 0.02, beam + 0.014, shade, code)
-    half = min(0.042, 0.36 * street.lane_width(near))
+    half = min(0.060, 0.36 * street.lane_width(near))
     for lane, green in enumerate(is_green):
         x, y = street.x(near, lane + 0.5), beam + 0.014 + half
         code = canvas.add_object(SIGNAL)
@@ -287,11 +287,11 @@ def _draw_people_and_vehicles(canvas: Canvas, rng: np.random.Generator, street: 
     """Draws far ones first. A vehicle is drawn in the same way whatever its signal shows: only the label differs."""
     vehicles: list[tuple[float, int]] = []
     for lane in range(street.lanes):
-        first = rng.uniform(0.52, 0.96)
-        if rng.random() < 0.9:
+        first = rng.uniform(0.58, 0.98)
+        if rng.random() < 0.95:
             vehicles.append((first, lane))
-        if first > 0.8 and rng.random() < 0.5:
-            vehicles.append((rng.uniform(0.42, 0.55), lane))
+        if first > 0.8 and rng.random() < 0.7:
+            vehicles.append((rng.uniform(0.44, 0.56), lane))
     people = [(rng.uniform(0.25, 0.98), -1 - side) for side in (0, 1) for _ in range(rng.integers(0, 4))]
     for near, lane in sorted(vehicles + people):
         if lane < 0:
@@ -302,7 +302,7 @@ def _draw_people_and_vehicles(canvas: Canvas, rng: np.random.Generator, street: 
         else:
             code = canvas.add_object(MOVING_VEHICLE if is_green[lane] else STOPPED_VEHICLE)
             x = street.x(near, lane + 0.5 + rng.uniform(-0.05, 0.05))
-            size = min(0.82 * street.lane_width(near), 0.22 + 0.14 * near)
+            size = min(0.76 * street.lane_width(near), 0.20 + 0.16 * near)
             _draw_vehicle(canvas, rng, x, street.y(near), size, code)
 
 

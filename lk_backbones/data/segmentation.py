@@ -368,8 +368,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def _batches_done(self) -> Callable[[], int] | None:
         """Returns what tells how many batches of the epoch that begins were processed before a restart.
 
-        Whether a run is being resumed need not be known yet: where the task asks for the number of steps, Lightning makes
-        the loader before it restores the checkpoint.
+        Whether a run is being resumed need not be known yet: where the task asks for the number of steps, Lightning
+        makes the loader before it restores the checkpoint.
         """
         trainer = self.trainer
         if trainer is None or not trainer.training:

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.multiprocessing import start_processes
 
 from lk_backbones.data import SyntheticScenesDataModule
-from lk_backbones.data.sampling import SampleKey, TrainingLoader, TrainingSampler, derive_seed, evaluation_loader
+from lk_backbones.data.sampling import SampleKey, TrainingSampler, derive_seed, evaluation_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You requested to overfit")
 
@@ -25,8 +25,9 @@ Stream = list[tuple[int, int, str, int]]
 class TinyModel(LightningModule):
     """One convolution, and the list of what it was shown: (epoch, batch, path, checksum of picture and mask)."""
 
-    def __init__(self) -> None:
+    def __init__(self, plans_ahead: bool = False) -> None:
         super().__init__()
+        self.plans_ahead = plans_ahead
         self.layer = nn.Conv2d(3, 9, 1)
         self.stream: Stream = []
 
@@ -41,6 +42,8 @@ class TinyModel(LightningModule):
         assert batch["image"].shape[1] == 3
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.plans_ahead:  # Lightning makes the loader for this, before it restores the checkpoint
+            assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -71,7 +74,7 @@ def run(
     if stop_after is not None:
         callbacks.append(Stop(stop_after))
     torch.manual_seed(0)
-    model = TinyModel()
+    model = TinyModel(trainer_args.pop("plans_ahead", False))
     trainer = Trainer(
         accelerator="cpu",
         callbacks=callbacks,
@@ -100,6 +103,8 @@ def run(
         {"max_epochs": 3, "val_check_interval": 2},
         {"max_steps": 13, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
         {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
+        {"max_epochs": 3, "plans_ahead": True},
+        {"max_steps": 13, "max_epochs": -1, "plans_ahead": True},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
@@ -154,7 +159,8 @@ def test_seed_is_kept_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
     assert data.seed == 11
     run(tmp_path, max_epochs=1, save_every=2)
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    assert checkpoint["SyntheticScenesDataModule"] == {"seed": 3}
+    state = {"seed": 3, "training_images": 22, "batch_size": 4, "processes": 1}
+    assert checkpoint["SyntheticScenesDataModule"] == state
     data.load_state_dict(checkpoint["SyntheticScenesDataModule"])
     assert data.seed == 3
 
@@ -164,15 +170,19 @@ def test_a_loader_used_outside_the_loop_gives_whole_epochs(tmp_path: Path) -> No
     seen: list[int] = []
 
     class Look(Callback):
+        def on_train_start(self, trainer: Trainer, model: LightningModule) -> None:
+            self.on_train_epoch_end(trainer, model)
+
         def on_train_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
             for loader in (trainer.train_dataloader, data.train_dataloader()):
                 seen.append(sum(len(batch["path"]) for batch in loader))
 
     options: dict[str, Any] = {"max_epochs": 2, "data": data, "callbacks": [Look()]}
-    run(tmp_path, save_every=3, **options)
-    assert seen == [20] * 4
-    run(tmp_path / "resumed", resume=tmp_path / "step=3.ckpt", **options)
-    assert seen == [20] * 8
+    whole, _ = run(tmp_path, save_every=3, **options)
+    assert seen == [20] * 6
+    rest, _ = run(tmp_path / "resumed", resume=tmp_path / "step=3.ckpt", **options)
+    assert seen == [20] * 12
+    assert rest == whole[3 * 4 :]
     assert sum(len(batch["path"]) for batch in data.train_dataloader()) == 20
 
 
@@ -182,15 +192,15 @@ def test_overfit_batches_works(tmp_path: Path) -> None:
     assert paths == [f"scene_train_{i:05d}" for i in range(8)] * 2
 
 
-def test_a_loader_that_changed_within_an_epoch_is_pointed_out() -> None:
+@pytest.mark.filterwarnings("error:The checkpoint was saved within an epoch")
+def test_data_that_changed_within_an_epoch_is_pointed_out(tmp_path: Path) -> None:
+    run(tmp_path, max_epochs=2)
     data = make_data()
-    data.setup("fit")
-    loader = data.train_dataloader()
-    assert isinstance(loader, TrainingLoader)
-    state = loader.state_dict()
-    assert state == {"samples": 22, "batch_size": 4, "processes": 1}
-    with pytest.warns(UserWarning, match=r"batch_size 8 -> 4"):
-        loader.load_state_dict(state | {"batch_size": 8})
+    data.batch_size = 2
+    with pytest.raises(UserWarning, match=r"the data has changed since \(batch_size 4 -> 2\)"):
+        run(tmp_path / "within", resume=tmp_path / "step=3.ckpt", data=data, max_epochs=2)
+    data.batch_size = 5  # four batches per epoch: after five of four pictures, an epoch is over in any case
+    assert len(run(tmp_path / "between", resume=tmp_path / "step=5.ckpt", data=data, max_epochs=2)[0]) == 20
 
 
 def test_seeds_are_well_mixed() -> None:
