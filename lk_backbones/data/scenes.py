@@ -63,7 +63,7 @@ class SyntheticScenesDataModule(SegmentationDataModule):
 
     A road of two or four lanes runs towards the horizon. Above it stands a gantry with one signal per lane: a green
     arrow or a red cross. Every vehicle is drawn in the same way, but in a lane under a green arrow it is a ``moving
-    vehicle``, in a lane under a red cross a ``stopped vehicle``. So the class of about one pixel in nine depends on a
+    vehicle``, in a lane under a red cross a ``stopped vehicle``. So the class of about one pixel in eight depends on a
     few pixels that are far away: half the height of the picture, 40 to 100 pixels at the default size.
 
     The relation is local-but-far, not global: in every scene half of the signals are green, and their order, the places
