@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from typing_extensions import Self
 
-from lk_backbones.tasks.encoder import EncoderSpec
+from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
 from lk_backbones.tasks.optim import encoder_lr_scales, parameter_groups, warmup_poly_scheduler
 
 __all__ = ["BaseTask", "without_encoder_weights"]
@@ -58,10 +58,11 @@ class BaseTask(L.LightningModule):
 
     # --- building ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def load_encoder_weights() -> bool:
-        """Whether a constructor should load ``encoder_weights`` now (see `without_encoder_weights`)."""
-        return not _skip_encoder_weights.get()
+    def resolve_encoder(self) -> EncoderSpec:
+        """Check the encoder's arguments, for a subclass's constructor, minding `without_encoder_weights`."""
+        hparams: Any = self.hparams
+        load = not _skip_encoder_weights.get()
+        return resolve_encoder(hparams.encoder, hparams.encoder_weights, hparams.encoder_kwargs, load)
 
     def prepare_encoder(self, spec: EncoderSpec) -> None:
         """Apply the shared encoder arguments; to be called at the end of a subclass's constructor.

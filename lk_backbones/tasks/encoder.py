@@ -55,7 +55,9 @@ class EncoderSpec:
         return self.name.startswith("tu-")
 
 
-def resolve_encoder(encoder: str, weights: str | bool | None, kwargs: dict[str, Any] | None = None) -> EncoderSpec:
+def resolve_encoder(
+    encoder: str, weights: str | bool | None, kwargs: dict[str, Any] | None = None, load: bool = True
+) -> EncoderSpec:
     """Check an encoder's name, weights and keyword arguments before anything is built.
 
     Args:
@@ -64,6 +66,7 @@ def resolve_encoder(encoder: str, weights: str | bool | None, kwargs: dict[str, 
         weights: ``None``, ``True`` or ``"pretrained"`` (the default weights), a timm tag or a name of smp's, or the
             path of a local ``.safetensors`` or ``.pth`` file in a naming that the encoder's family can read.
         kwargs: Keyword arguments of the timm model, such as ``drop_path_rate``.
+        load: ``False`` for the same encoder without its weights, whose file may be gone.
 
     Returns:
         What to give to smp.
@@ -96,9 +99,12 @@ def resolve_encoder(encoder: str, weights: str | bool | None, kwargs: dict[str, 
                 f"encoder_weights='{weights}': weight files are read by timm, and '{encoder}' is an encoder of smp's "
                 f"own{_timm_twin(base)}"
             )
-        return EncoderSpec(base, _smp_weights(base, weights))
+        name = _smp_weights(base, weights)
+        return EncoderSpec(base, name if load else None)
 
     if weights is None or weights is False:
+        return EncoderSpec(f"tu-{base}", None, kwargs)
+    if is_file and not load:
         return EncoderSpec(f"tu-{base}", None, kwargs)
     if is_file:
         file = Path(str(weights)).expanduser()
@@ -106,8 +112,9 @@ def resolve_encoder(encoder: str, weights: str | bool | None, kwargs: dict[str, 
             raise FileNotFoundError(f"encoder_weights: there is no file '{weights}'")
         kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(file)}
         return EncoderSpec(f"tu-{base}", True, kwargs, file)
+    wanted = True if load else None
     if remote:
-        return EncoderSpec(f"tu-{base}", True, kwargs)
+        return EncoderSpec(f"tu-{base}", wanted, kwargs)
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if weights is True or weights == "pretrained":
         if not tags:
@@ -115,13 +122,14 @@ def resolve_encoder(encoder: str, weights: str | bool | None, kwargs: dict[str, 
                 f"nobody published weights for '{encoder}' (encoder_weights={weights!r}); use None, or the path of a "
                 f"local weight file"
             )
-        return EncoderSpec(f"tu-{base}", True, kwargs)
+        return EncoderSpec(f"tu-{base}", wanted, kwargs)
     if weights not in tags or tag not in ("", weights):
         raise ValueError(
             f"encoder_weights='{weights}' is neither a local file nor weights of '{encoder}' "
             f"(those are {tags or 'none'}){nearest(str(weights), tags)}"
         )
-    return EncoderSpec(f"tu-{architecture}.{weights}", True, kwargs)
+    # the tag stays in the name, because it can decide on the architecture (a transformer's image size)
+    return EncoderSpec(f"tu-{architecture}.{weights}", wanted, kwargs)
 
 
 def _timm_twin(name: str) -> str:

@@ -11,7 +11,6 @@ from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
 from lk_backbones.tasks.architecture import AUXILIARY_LEVEL, build_auxiliary_head, build_model, check_arguments
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.drawing import Color, default_colors
-from lk_backbones.tasks.encoder import resolve_encoder
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
 from lk_backbones.tasks.metrics import SegmentationMetrics
@@ -115,8 +114,7 @@ class SegmentationTask(BaseTask):
         super().__init__()
         self.save_hyperparameters()
         check_arguments(self.hparams)
-        weights = encoder_weights if self.load_encoder_weights() else None
-        spec = resolve_encoder(encoder, weights, encoder_kwargs)
+        spec = self.resolve_encoder()
         self.model: Any = build_model(architecture, spec, in_channels, num_classes, architecture_kwargs or {})
         self.auxiliary_head: FCNHead | None = None
         if auxiliary_weight > 0:

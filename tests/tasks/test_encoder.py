@@ -27,6 +27,10 @@ from lk_backbones.tasks.encoder import EncoderSpec, refuse_foreign_weights, reso
             ("convnext_atto", None, {"drop_path_rate": 0.1}),
             EncoderSpec("tu-convnext_atto", None, {"drop_path_rate": 0.1}),
         ),
+        # without loading: a file may be gone, a tag stays
+        (("tu-resnet18", "gone.pth", None, False), EncoderSpec("tu-resnet18", None)),
+        (("tu-resnet18", "a1_in1k", None, False), EncoderSpec("tu-resnet18.a1_in1k", None)),
+        (("resnet18", "imagenet", None, False), EncoderSpec("resnet18", None)),
         # one of ours goes through timm under either name, so that its keyword arguments arrive
         (
             ("replknet_31n", None, {"drop_path_rate": 0.1}),
