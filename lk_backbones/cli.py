@@ -83,7 +83,7 @@ def _describe(name: str) -> tuple[str, str, str]:
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
+        model: Any = timm.create_model(name, num_classes=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kernels = [
         max(module.kernel_size for module in stage.modules() if isinstance(module, torch.nn.Conv2d))

@@ -32,10 +32,8 @@ SCENES = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training; returns its folder."""
     root = tmp_path_factory.mktemp("run")
-    main(
-        ["fit", *SCENES, *TINY, "--trainer.max_epochs", "1", "--trainer.default_root_dir", str(root)]
-        + ["--seed_everything", "3"]
-    )
+    options = ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(root), "--seed_everything", "3"]
+    main(["fit", *SCENES, *TINY, *options])
     return root
 
 
@@ -64,9 +62,7 @@ def test_a_checkpoint_alone_validates_to_the_same_numbers(
     main(["validate", "--ckpt_path", checkpoint, *TINY, "--trainer.logger", "false"])
     second = capsys.readouterr().out
     assert "mean IoU" in first
-    assert [line for line in first.splitlines() if "│" in line] == [
-        line for line in second.splitlines() if "│" in line
-    ]
+    assert [line for line in first.splitlines() if "│" in line] == [line for line in second.splitlines() if "│" in line]
 
 
 def test_flags_win_over_the_checkpoint(
@@ -89,10 +85,8 @@ def test_predict_writes_a_label_map_and_an_overlay_of_every_picture(
     for name, (width, height) in sizes.items():
         Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(pictures / f"{name}.png")
     out = tmp_path / "out"
-    main(
-        ["predict", "--ckpt_path", checkpoint, "--pictures", str(pictures), "--overlays.directory", str(out), *TINY]
-        + ["--trainer.logger", "false", "--data.num_workers", "0"]
-    )
+    options = ["--overlays.directory", str(out), "--trainer.logger", "false", "--data.num_workers", "0"]
+    main(["predict", "--ckpt_path", checkpoint, "--pictures", str(pictures), *TINY, *options])
     assert str(out) in capsys.readouterr().out
     for name, size in sizes.items():
         labels = Image.open(out / "label_maps" / f"{name}.png")

@@ -325,7 +325,7 @@ class RepLKNet(nn.Module):
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # which pruning changes
         self.head.reset(num_classes, global_pool)
-        self.head.to(self.stem[0].conv.weight)  # older timm forgets device and dtype
+        self.head.to(next(self.parameters()))  # older timm forgets device and dtype
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
@@ -399,7 +399,7 @@ class RepLKNet(nn.Module):
         if max_index == 0:
             self.stem = self.stem[:3]
         if shortened:
-            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.num_features = cast(int, self.feature_info[max_index]["num_chs"])
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if prune_head or shortened:
