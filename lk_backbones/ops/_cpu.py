@@ -28,7 +28,11 @@ COPY_COST = 30.0  # per value that changes its memory format
 
 
 def plan(
-    shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype, channels_last: bool
+    shape: tuple[int, int, int, int],
+    kernel_size: tuple[int, int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    threads: int,
 ) -> Plan:
     """Choose the paths.
 
@@ -37,19 +41,9 @@ def plan(
         kernel_size: ``(kH, kW)``, odd, at most ``(2H - 1, 2W - 1)``.
         dtype: Of the input.
         channels_last: Whether the input is laid out in channels_last.
+        threads: Number of threads that PyTorch uses.
     """
-    return _plan(shape, kernel_size, dtype, channels_last, torch.get_num_threads(), _instructions())
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    shape: tuple[int, int, int, int],
-    kernel_size: tuple[int, int],
-    dtype: torch.dtype,
-    channels_last: bool,
-    threads: int,
-    instructions: str,
-) -> Plan:
+    instructions = _instructions()
     (batch, channels, height, width), (kernel_height, kernel_width) = shape, kernel_size
     if dtype == torch.float64:  # oneDNN computes in float32 only
         path = "fft" if kernel_height * kernel_width >= 49 else "native"
@@ -65,7 +59,7 @@ def _plan(
     fft_forward = (2 + 1 / batch) * transform + (2 * copy if channels_last else 0)
     direct_forward = taps + (0 if as_is else 2 * copy)
     fft_backward = (3 + 2 / batch) * transform + (3 * copy if channels_last else 0)
-    direct_backward = 2 * taps + (1 if as_is else 3) * copy
+    direct_backward = 2 * taps + (1 if channels_last else 0 if as_is else 3) * copy
     possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
     if possible and fft_forward < direct_forward:
         forward = "fft"
@@ -110,7 +104,7 @@ def backward(
 
 def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution in the memory format that oneDNN is fast in."""
-    if is_channels_last(input) or weight.shape[3] // 2 > widest_padding():
+    if _needs_channels_last(input, weight.shape[3]):
         input = input.contiguous(memory_format=torch.channels_last)
         if _is_worth_widening(weight.shape[3]):
             weight = F.pad(weight, [(15 - weight.shape[3]) // 2] * 2)
@@ -121,14 +115,16 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """Weight gradient as a depthwise convolution of the input with the output's gradient as its kernel.
 
-    One image at a time: folding the batch into the channels costs more in transposes than it saves.
+    One image at a time: folding the batch into the channels costs more in transposes than it saves. oneDNN wants that
+    kernel in NCHW whatever the format of the input.
     """
     (_, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
     rows = max(1, MAX_TAPS // width)
     padding = (0, pad_width) if rows < height else (pad_height, pad_width)
     if rows < height:
         input = F.pad(input, (0, 0, pad_height, pad_height))
-    images = input.contiguous(memory_format=torch.channels_last).split(1)
+    if _needs_channels_last(input, kernel_size[1]):
+        input = input.contiguous(memory_format=torch.channels_last)
     kernels = nchw(grad_output).unsqueeze(2)
     parts = (
         F.conv2d(
@@ -137,7 +133,7 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
             padding=padding,
             groups=channels,
         )
-        for image, kernel in zip(images, kernels, strict=True)
+        for image, kernel in zip(input.split(1), kernels, strict=True)
         for top in range(0, height, rows)
     )
     return functools.reduce(Tensor.add_, parts).transpose(0, 1)
@@ -147,6 +143,11 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
 def _instructions() -> str:
     """Widest vector instructions that PyTorch uses: ``"AVX512"``, ``"AVX2"`` or another name."""
     return torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else "no oneDNN"
+
+
+def _needs_channels_last(input: Tensor, kernel_width: int) -> bool:
+    """Whether oneDNN is fast at this width in channels_last only, or the input is in that format anyway."""
+    return is_channels_last(input) or kernel_width // 2 > widest_padding()
 
 
 def _is_worth_widening(width: int) -> bool:

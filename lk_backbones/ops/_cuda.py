@@ -6,7 +6,6 @@ Kernels written for the GPU plug in here: a new path in :func:`plan` and its bra
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -22,7 +21,6 @@ FFT_COST = 8.0
 SMALLEST_KERNEL = 7  # below, PyTorch's operators are as fast as anything
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype) -> Plan:
     """Choose the paths.
 

@@ -6,6 +6,7 @@ any order work.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,23 +65,46 @@ def plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, 
     """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
     if method == "auto" and native_is_best(device, weight, dilation):
         return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
-    method = resolve_method(method)
-    if input.numel() == 0:
+    return _plan(
+        input.shape,
+        weight.shape,
+        input.dtype,
+        is_channels_last(input),
+        dilation,
+        resolve_method(method),
+        device,
+        torch.get_num_threads(),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    channels_last: bool,
+    dilation: tuple[int, int],
+    method: str,
+    device: str,
+    threads: int,
+) -> Plan:
+    if 0 in input_shape:
         return Plan("native", "native", "the input is empty")
     if method == "native" or (method == "direct" and device != "cpu"):
         return Plan("native", "native", f"method {method!r} asked for")
     if method != "auto":
         return Plan(method, method, f"method {method!r} asked for")
-    rows, columns = phase_size(_map_size(input), dilation)
-    shape = (input.shape[0] * dilation[0] * dilation[1], input.shape[1], rows, columns)
-    kernel_size = crop_kernel(_kernel_size(weight), (rows, columns))
+    (batch, channels, height, width), whole_kernel = input_shape, (weight_shape[2], weight_shape[3])
+    rows, columns = phase_size((height, width), dilation)
+    shape = (batch * dilation[0] * dilation[1], channels, rows, columns)
+    kernel_size = crop_kernel(whole_kernel, (rows, columns))
     if device == "cuda":
-        return _cuda.plan(shape, kernel_size, input.dtype)
-    chosen = _cpu.plan(shape, kernel_size, input.dtype, is_channels_last(input))
-    if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == _kernel_size(weight)):
+        return _cuda.plan(shape, kernel_size, dtype)
+    chosen = _cpu.plan(shape, kernel_size, dtype, channels_last, threads)
+    if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
-    narrow = dilation != (1, 1) and _padding(weight, dilation)[1] <= _cpu.widest_padding()
+    narrow = dilation != (1, 1) and dilation[1] * (whole_kernel[1] // 2) <= _cpu.widest_padding()
     return Plan("native" if narrow else "direct", chosen.backward, chosen.reason)
 
 
@@ -146,7 +170,7 @@ def backward(
                 grad_weight = uncrop(grad_weight, _kernel_size(weight))
         return (
             _absent(input) if grad_input is None else in_format(grad_input.to(input.dtype), memory_format(input)),
-            _absent(weight) if grad_weight is None else torch.empty_like(weight).copy_(grad_weight),
+            _absent(weight) if grad_weight is None else _laid_out_like(weight, grad_weight),
         )
 
 
@@ -173,6 +197,13 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 def _absent(like: Tensor) -> Tensor:
     """Stands for a gradient that nobody asked for: operators must return tensors."""
     return like.new_empty(0)
+
+
+def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """The gradient in the weight's dtype and strides, as optimisers and DDP's buckets want it."""
+    if grad_weight.dtype == weight.dtype and grad_weight.stride() == weight.stride():
+        return grad_weight
+    return torch.empty_like(weight).copy_(grad_weight)
 
 
 def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -121,25 +121,29 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:
+    """Refuse what the op does not do, naming shapes and what is allowed."""
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
-    channels = input.shape[-3]
-    if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
+    channels, shape = input.shape[-3], weight.shape
+    if len(shape) != 4 or shape[0] != channels or shape[1] != 1:
         raise ValueError(
             f"weight must be ({channels}, 1, kH, kW) for the {channels} channels of input {tuple(input.shape)}, "
-            f"got {tuple(weight.shape)}"
+            f"got {tuple(shape)}"
         )
-    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
-        raise ValueError(f"kernel sizes must be odd for a map to keep its size, got {tuple(weight.shape[2:])}")
+    if shape[2] % 2 == 0 or shape[3] % 2 == 0:
+        raise ValueError(f"kernel sizes must be odd for a map to keep its size, got {tuple(shape[2:])}")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be ({channels},), one value per channel of input, got {tuple(bias.shape)}")
-    operands = {"input": input, "weight": weight, "bias": bias}
-    tensors = {name: tensor for name, tensor in operands.items() if tensor is not None}
-    if not input.is_floating_point() or any(tensor.dtype != input.dtype for tensor in tensors.values()):
-        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+    dtype, device = input.dtype, input.device
+    if not dtype.is_floating_point or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        dtypes = _each(dtype, weight.dtype, None if bias is None else bias.dtype)
         raise ValueError(f"input, weight and bias must share one floating point dtype, got {dtypes}")
-    if any(tensor.device != input.device for tensor in tensors.values()):
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+    if weight.device != device or (bias is not None and bias.device != device):
+        devices = _each(device, weight.device, None if bias is None else bias.device)
         raise ValueError(f"input, weight and bias must be on one device, got {devices}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def _each(input: object, weight: object, bias: object) -> str:
+    return f"input {input}, weight {weight}" + ("" if bias is None else f", bias {bias}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lk_backbones.ops import _cpu, depthwise_conv2d, explain
+from lk_backbones.ops import _cpu, _operators, depthwise_conv2d, explain
 
 
 def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, **options):
@@ -16,8 +16,11 @@ def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, 
 
 
 @pytest.fixture(autouse=True)
-def _no_overrule(monkeypatch):
+def _fresh(monkeypatch):
     monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
+    _operators._plan.cache_clear()
+    yield
+    _operators._plan.cache_clear()
 
 
 @pytest.fixture
@@ -69,14 +72,13 @@ def test_narrow_registers_favour_the_transform(monkeypatch):
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX512")
     assert plan(shape, kernel).forward == "direct"
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX2")
+    _operators._plan.cache_clear()
     assert plan(shape, kernel).forward == "fft"
 
 
 def test_without_a_fast_transform_nothing_is_transformed(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    _cpu._plan.cache_clear()
     assert plan((1, 96, 128, 128), 51).forward == "direct"
-    _cpu._plan.cache_clear()
 
 
 @pytest.mark.parametrize(
