@@ -101,6 +101,14 @@ def _describe(name: str) -> tuple[str, str, str]:
 
 # ---- fit, validate, test, predict ----
 
+# Checkpoints may come from anywhere: never unpickle them. Tables are IoUTable's, predictions go to files.
+_DEFAULTS = {
+    "fit": ["--weights_only", "true"],
+    "validate": ["--weights_only", "true", "--verbose", "false"],
+    "test": ["--weights_only", "true", "--verbose", "false"],
+    "predict": ["--weights_only", "true", "--return_predictions", "false"],
+}
+
 
 def _lightning(args: list[str]) -> None:
     # Imported here: `models` and a mistyped command need not wait for Lightning.
@@ -123,6 +131,7 @@ def _lightning(args: list[str]) -> None:
 
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
     restored = args[0] != "fit" and _option(args, "--ckpt_path") is not None
     # A checkpoint holds every weight: those that its encoder started from are not fetched again.
     with without_encoder_weights() if restored else nullcontext():
