@@ -136,7 +136,7 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
         for image, kernel in zip(input.split(1), kernels, strict=True)
         for top in range(0, height, rows)
     )
-    return functools.reduce(Tensor.add_, parts).transpose(0, 1)
+    return functools.reduce(Tensor.add_, parts).reshape(channels, 1, *kernel_size)
 
 
 @functools.cache
