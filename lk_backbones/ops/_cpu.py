@@ -22,8 +22,11 @@ from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
 # The weight gradient uses the output's gradient as the kernel, and oneDNN keeps tables per tap: bands bound them.
 MAX_TAPS = 4096
 
-# Costs in units of one multiply-add of the direct path, by vector instructions.
-FFT_COST = {"AVX512": 8.0, "AVX2": 3.5}  # per transformed value and per log2 of their number
+# Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths. Transforms gain less
+# from further threads, as each is many short parallel loops.
+FFT_COST = {"AVX512": 9.0, "AVX2": 4.0}  # per transformed value and per log2 of their number, by vector instructions
+FFT_COST_ELSEWHERE = 1.0  # without AVX2 oneDNN has no fast kernel to compete
+THREADED_FFT = 4 / 3
 COPY_COST = 30.0  # per value that changes its memory format
 
 
@@ -52,7 +55,8 @@ def plan(
     taps = taps_inside(height, kernel_height) * taps_inside(width, kernel_width)
     taps = math.ceil(taps * math.ceil(channels / lanes) * lanes / channels)
     rows, columns = _fft.transform_size((height, width), kernel_size)
-    transform = FFT_COST.get(instructions, 1.0) * rows * columns * math.log2(max(2, rows * columns))
+    transform = FFT_COST.get(instructions, FFT_COST_ELSEWHERE) * rows * columns * math.log2(max(2, rows * columns))
+    transform *= THREADED_FFT if threads > 1 else 1
     copy = COPY_COST * height * width
     as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
 
