@@ -25,7 +25,7 @@ MAX_TAPS = 4096
 # Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths. Transforms gain less
 # from further threads, as each is many short parallel loops.
 FFT_COST = {"AVX512": 9.0, "AVX2": 4.0}  # per transformed value and per log2 of their number, by vector instructions
-FFT_COST_ELSEWHERE = 1.0  # without AVX2 oneDNN has no fast kernel to compete
+SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
 THREADED_FFT = 4 / 3
 COPY_COST = 30.0  # per value that changes its memory format
 
@@ -55,8 +55,10 @@ def plan(
     taps = taps_inside(height, kernel_height) * taps_inside(width, kernel_width)
     taps = math.ceil(taps * math.ceil(channels / lanes) * lanes / channels)
     rows, columns = _fft.transform_size((height, width), kernel_size)
-    transform = FFT_COST.get(instructions, FFT_COST_ELSEWHERE) * rows * columns * math.log2(max(2, rows * columns))
+    transform = FFT_COST.get(instructions, FFT_COST["AVX2"]) * rows * columns * math.log2(rows * columns)
     transform *= THREADED_FFT if threads > 1 else 1
+    if instructions not in FFT_COST and kernel_width // 2 > widest_padding():
+        transform /= SLOW_DIRECT
     copy = COPY_COST * height * width
     as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
 
@@ -161,4 +163,4 @@ def _is_worth_widening(width: int) -> bool:
 
 def widest_padding() -> int:
     """Widest padding on the left with which oneDNN is fast in NCHW or dilated: it must fit the register block."""
-    return 6 if _instructions() == "AVX512" else 4
+    return {"AVX512": 6, "AVX2": 4}.get(_instructions(), 3)

@@ -20,7 +20,8 @@ CUDA_CHUNK_BYTES = 256_000_000  # bounds the temporaries
 
 @functools.cache
 def good_length(length: int) -> int:
-    """Smallest length of at least ``length`` that has no prime factor above 7, which transforms fast."""
+    """Smallest even length of at least ``length`` without a prime factor above 7; odd ones transform half as fast."""
+    length += length % 2
     while True:
         rest = length
         for factor in (2, 3, 5, 7):
@@ -28,7 +29,7 @@ def good_length(length: int) -> int:
                 rest //= factor
         if rest == 1:
             return length
-        length += 1
+        length += 2
 
 
 def transform_size(map_size: tuple[int, int], kernel_size: tuple[int, int]) -> tuple[int, int]:
