@@ -4,6 +4,7 @@ timm's models (ours are among them) go through smp's ``tu-`` route, which passes
 the weights; smp's own encoders go by their own name and know smp's weights only.
 """
 
+import argparse
 import difflib
 import logging
 import os
@@ -73,7 +74,7 @@ def resolve_encoder(
 
     Raises:
         ValueError: If the encoder or its weights are unknown, or keyword arguments or a file are given for an encoder
-            of smp's own.
+            of smp's own, or the file is a pickle of more than weights.
         FileNotFoundError: If a weight file does not exist.
     """
     kwargs = dict(kwargs or {})
@@ -110,6 +111,7 @@ def resolve_encoder(
         file = Path(str(weights)).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"encoder_weights: there is no file '{weights}'")
+        _refuse_code(file)
         kwargs["pretrained_cfg_overlay"] = {**kwargs.get("pretrained_cfg_overlay", {}), "file": str(file)}
         return EncoderSpec(f"tu-{base}", True, kwargs, file)
     wanted = True if load else None
@@ -130,6 +132,21 @@ def resolve_encoder(
         )
     # the tag stays in the name, because it can decide on the architecture (a transformer's image size)
     return EncoderSpec(f"tu-{architecture}.{weights}", wanted, kwargs)
+
+
+def _refuse_code(file: Path) -> None:
+    """Make sure that a pickle holds tensors and plain containers only: older timm would run whatever is in it."""
+    if file.suffix == ".safetensors":
+        return
+    try:
+        # training scripts keep their command line beside the weights; as a mere bag of values it is harmless
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"encoder_weights: '{file}' is not a file of weights alone, so it is not read (it could run any code): "
+            f"{str(error).splitlines()[0]} Keep only its state dict, best as .safetensors"
+        ) from error
 
 
 def _timm_twin(name: str) -> str:

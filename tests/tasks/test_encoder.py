@@ -1,5 +1,6 @@
 """Names and weights of encoders: what is understood, and what is refused with which words."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,30 @@ def test_weights_of_a_local_file_arrive(tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(encoder.state_dict()["model.stem_0.conv.weight"], state["stem.0.conv.weight"])
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(tensor, state[name.removeprefix("model.").replace("_", ".", 1)])
+
+
+class _Payload:
+    """What a malicious checkpoint does: run a command when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.trace,))
+
+
+def test_a_pickle_of_more_than_weights_is_not_run(tmp_path: Path) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    torch.save({"state_dict": {}, "evil": _Payload(trace)}, file)
+    with pytest.raises(ValueError, match=r"evil\.pth' is not a file of weights alone.*safetensors"):
+        resolve_encoder("tu-resnet18", str(file))
+    assert not trace.exists()
+
+
+def test_the_command_line_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
+    file = tmp_path / "with_args.pth"
+    torch.save({"model": {}, "args": argparse.Namespace(lr=1e-3)}, file)
+    assert resolve_encoder("tu-resnet18", str(file)).file == file
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
