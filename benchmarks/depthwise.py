@@ -171,7 +171,8 @@ def measure(case: Case, seconds: float, clock: Callable[[], float], paths: bool)
         input = maps.to(memory_format=memory_format, copy=True).requires_grad_()
         grad = torch.randn_like(input)
         plans[name] = explain(input, weight)
-        add(f"torch {name}", native, input, grad)
+        if paths or name == "NCHW":  # in channels_last PyTorch's backward is slow beyond patience
+            add(f"torch {name}", native, input, grad)
         add(f"ours {name}", depthwise_conv2d, input, grad)
         if paths:
             for path in ("direct", "fft"):
@@ -228,7 +229,7 @@ def table(results: list[dict], threads: int, clock: str) -> str:
 
 def regret(results: list[dict]) -> str:
     """How much slower the chosen path is than the better of the two, per memory format and computation."""
-    lines, logs = ["", "Rule against the better path, by force (step = forward + backward):", ""], []
+    lines, logs = ["\n", "Rule against the better path, by force (step = forward + backward):", ""], []
     for result in results:
         case, best = Case(**{key: result[key] for key in Case.__dataclass_fields__}), result["best_ms"]
         for name in ("NCHW", "channels_last"):
@@ -248,6 +249,8 @@ def regret(results: list[dict]) -> str:
                         f"- {case.label} {name} {kind}: chose {plan[kind]}, {ratio:.2f} times the better; direct "
                         f"{times['direct'][kind]:.2f} ms, fft {times['fft'][kind]:.2f} ms"
                     )
+    if not logs:
+        return ""
     mean, worst = (math.exp(value) for value in (sum(logs) / len(logs), max(logs)))
     return "\n".join([*lines, "", f"Mean {mean:.3f}, worst {worst:.2f}, of {len(logs)}."])
 
@@ -274,6 +277,7 @@ def plot(results: list[dict], path: Path, title: str) -> None:
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -293,33 +297,35 @@ def main() -> None:
         parser.error(f"--only {arguments.only!r} fits no shape; the groups are {groups}")
     torch.set_num_threads(arguments.threads)
 
-    results = []
+    machine = {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "architecture": platform.machine(),
+        "torch": torch.__version__,
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+    }
+    results: list[dict] = []
     for case in cases:
         results.append(measure(case, arguments.seconds, CLOCKS[arguments.clock], arguments.paths))
         best = results[-1]["best_ms"]
         print(case.label, {name: round(milliseconds, 2) for name, milliseconds in best.items()}, flush=True)
-    text = table(results, arguments.threads, arguments.clock)
-    if arguments.paths:
-        text += "\n" + regret(results)
+        text = table(results, arguments.threads, arguments.clock) + (regret(results) if arguments.paths else "")
+        if arguments.output:  # after every shape, so that a run cut short leaves what it has measured
+            save(arguments.output, machine, results, text)
     print("\n" + text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        machine = {
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "architecture": platform.machine(),
-            "torch": torch.__version__,
-            "threads": arguments.threads,
-            "clock": arguments.clock,
-        }
-        # Whole files only: a plot or a table must not be read half-written.
-        for suffix, content in (
-            (".json", json.dumps({"machine": machine, "results": results}, indent=1)),
-            (".md", text),
-        ):
-            partial = arguments.output.with_suffix(suffix + ".partial")
-            partial.write_text(content + "\n")
-            partial.replace(arguments.output.with_suffix(suffix))
-        plot(results, arguments.output.with_suffix(".png"), f"{arguments.threads} thread(s), {machine['instructions']}")
+
+
+def save(stem: Path, machine: dict, results: list[dict], text: str) -> None:
+    """Write the JSON, the table and the plot; each file is replaced as a whole."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    contents = {".json": json.dumps({"machine": machine, "results": results}, indent=1) + "\n", ".md": text + "\n"}
+    for suffix, content in contents.items():
+        partial = stem.with_suffix(suffix + ".partial")
+        partial.write_text(content)
+        partial.replace(stem.with_suffix(suffix))
+    partial = stem.with_suffix(".partial.png")
+    plot(results, partial, f"{machine['threads']} thread(s), {machine['instructions']}")
+    partial.replace(stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ MAX_TAPS = 4096
 
 # Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths. Transforms gain less
 # from further threads, as each is many short parallel loops.
-FFT_COST = {"AVX512": 9.0, "AVX2": 4.0}  # per transformed value and per log2 of their number, by vector instructions
+FFT_COST = {"AVX512": 10.0, "AVX2": 4.5}  # per transformed value and per log2 of their number, by vector instructions
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
-THREADED_FFT = 4 / 3
+THREADED_FFT = 1.2
 COPY_COST = 30.0  # per value that changes its memory format
 
 
