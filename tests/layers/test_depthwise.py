@@ -80,6 +80,18 @@ def test_script():
         torch.testing.assert_close(copied(input), module(input))
 
 
+@pytest.mark.parametrize("options", [{"kernel_size": 7, "padding": 3}, {"kernel_size": 3, "padding": 1, "stride": 2}])
+def test_compile(options):
+    module = DepthwiseConv2d(8, 8, groups=8, **options)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    input = torch.randn(2, 8, 10, 10)
+    torch.testing.assert_close(compiled(input), module(input))
+    compiled(input).square().sum().backward()
+    grad, module.weight.grad = module.weight.grad, None
+    module(input).square().sum().backward()
+    torch.testing.assert_close(grad, module.weight.grad)
+
+
 def test_symbolic_trace():
     module = nn.Sequential(DepthwiseConv2d(8, 8, 7, padding=3, groups=8), nn.ReLU())
     traced = torch.fx.symbolic_trace(module)
