@@ -81,15 +81,19 @@ def nchw(maps: Tensor) -> Tensor:
     if general or not maps.is_contiguous(memory_format=torch.channels_last):
         return maps.contiguous()
     batch, channels, height, width = maps.shape
-    output = maps.new_empty(batch, channels, height * width)
-    for target, source in zip(output, maps.permute(0, 2, 3, 1).reshape(batch, height * width, channels), strict=True):
+    output = maps.new_empty(maps.shape)
+    for target, source in zip(output.flatten(2), maps.permute(0, 2, 3, 1).reshape(batch, height * width, channels), strict=True):
         target.copy_(source.t())
-    return output.view(maps.shape)
+    return output
 
 
 def in_format(maps: Tensor, wanted: torch.memory_format) -> Tensor:
-    """``maps`` in the memory format ``wanted``, copied only if need be."""
-    return nchw(maps) if wanted is torch.contiguous_format else maps.contiguous(memory_format=wanted)
+    """``maps`` in the memory format ``wanted``, copied only if need be, and no view.
+
+    Autograd forbids in-place changes, such as an activation's, to a view that an operator returns.
+    """
+    maps = nchw(maps) if wanted is torch.contiguous_format else maps.contiguous(memory_format=wanted)
+    return maps.clone() if maps._is_view() else maps
 
 
 @functools.cache

@@ -302,3 +302,18 @@ def test_bad_input(change, message):
     arguments = {"input": torch.randn(1, 4, 9, 9), "weight": torch.randn(4, 1, 7, 7), **change}
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("method", ["direct", "fft", "native"])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_output_may_be_changed_in_place(method, dilation, memory_format):
+    torch.manual_seed(0)
+    input = torch.randn(2, 16, 14, 18).contiguous(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(16, 1, 9, 9, requires_grad=True)
+    gradients = []
+    for inplace in (False, True):
+        output = torch.nn.functional.relu(depthwise_conv2d(input, weight, None, dilation, method), inplace=inplace)
+        gradients.append(torch.autograd.grad(output.square().sum(), (input, weight)))
+    for plain, in_place in zip(*gradients, strict=True):
+        torch.testing.assert_close(in_place, plain, rtol=0, atol=0)
