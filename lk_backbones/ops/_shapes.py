@@ -82,7 +82,9 @@ def nchw(maps: Tensor) -> Tensor:
         return maps.contiguous()
     batch, channels, height, width = maps.shape
     output = maps.new_empty(maps.shape)
-    for target, source in zip(output.flatten(2), maps.permute(0, 2, 3, 1).reshape(batch, height * width, channels), strict=True):
+    for target, source in zip(
+        output.flatten(2), maps.permute(0, 2, 3, 1).reshape(batch, height * width, channels), strict=True
+    ):
         target.copy_(source.t())
     return output
 
