@@ -36,10 +36,12 @@ def pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: If it is not one or two positive integers.
     """
-    pair = tuple(dilation) if isinstance(dilation, (tuple, list)) else (dilation, dilation)
-    if len(pair) != 2 or not all(isinstance(step, int) and step >= 1 for step in pair):
-        raise ValueError(f"dilation must be a positive integer or a pair of them, got {dilation}")
-    return pair[0], pair[1]
+    steps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    if isinstance(steps, (tuple, list)) and len(steps) == 2:
+        rows, columns = steps
+        if isinstance(rows, int) and isinstance(columns, int) and rows >= 1 and columns >= 1:
+            return rows, columns
+    raise ValueError(f"dilation must be a positive integer or a pair of them, got {dilation}")
 
 
 def _kernel_size(weight: Tensor) -> tuple[int, int]:
@@ -51,7 +53,7 @@ def _map_size(input: Tensor) -> tuple[int, int]:
 
 
 def _padding(weight: Tensor, dilation: tuple[int, int]) -> list[int]:
-    return [distance * (size // 2) for distance, size in zip(dilation, _kernel_size(weight), strict=True)]
+    return [dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)]
 
 
 def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bool:

@@ -292,7 +292,7 @@ def test_nan_and_infinity_reach_what_the_docs_say(value):
         ({"weight": torch.randn(4, 1, 7, 7).double()}, "share one floating point dtype.*weight torch.float64"),
         ({"input": torch.ones(1, 4, 9, 9, dtype=torch.long)}, "share one floating point dtype.*input torch.int64"),
         ({"weight": torch.randn(4, 1, 7, 7, device="meta")}, "on one device.*weight meta"),
-        ({"dilation": 0}, r"dilation must be .*positive.*got 0"),
+        ({"dilation": 0}, "dilation must be .*positive.*got 0"),
         ({"dilation": (1, 2, 3)}, r"dilation must be .*got \(1, 2, 3\)"),
         ({"dilation": 1.5}, r"dilation must be .*got 1.5"),
         ({"method": "fastest"}, "method must be one of auto, direct, fft, native, got 'fastest'"),
