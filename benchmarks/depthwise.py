@@ -269,6 +269,7 @@ def plot(results: list[dict], path: Path, title: str) -> None:
         name = "forward" if kind == "forward" else "forward + backward"
         axes.barh([i + offset for i in range(len(labels))], ratios, 0.4, label=name, color=color)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
