@@ -1,11 +1,9 @@
-"""The command line: ``lk-backbones fit | validate | test | predict`` (LightningCLI) and ``lk-backbones models``."""
+"""``lk-backbones fit | validate | test | predict``: LightningCLI, with checkpoints that know their model and data."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,93 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 
-import lk_backbones
-
-__all__ = ["main"]
-
-_USAGE = """usage: lk-backbones COMMAND ...
-
-Large-kernel ConvNets for segmentation.
-
-  fit       train:     lk-backbones fit --config recipes/quickstart/unet_replknet_31n_scenes.yaml
-  validate  evaluate:  lk-backbones validate --ckpt_path CHECKPOINT
-  test      evaluate:  lk-backbones test --ckpt_path CHECKPOINT
-  predict   label maps and overlays for a folder of pictures:
-                       lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
-  models    list the encoders: name, parameters, kernel sizes, weights
-
-`lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
-override them (--model.inference slide). LK_BACKBONES_TRACEBACK=1 shows where an error comes from.
-"""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Args:
-        args: Arguments, by default those of the process.
-    """
-    args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    if args[0] == "--version":
-        print(f"lk-backbones {lk_backbones.__version__}")
-        return
-    try:
-        if args[0] == "models":
-            _models(args[1:])
-        else:
-            _lightning(args)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-        # What these say is meant for the user; the way to them is not.
-        if os.environ.get("LK_BACKBONES_TRACEBACK"):
-            raise
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", str(error), highlight=False, markup=True)
-        sys.exit(1)
-
-
-# ---- models ----
-
-
-def _models(args: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="lk-backbones models", description="List the encoders.")
-    parser.add_argument("pattern", nargs="?", default="*", help="names to list, such as 'replknet_31*'")
-    names = lk_backbones.list_encoders(parser.parse_args(args).pattern)
-    if not names:
-        raise ValueError(f"no encoder matches; there are {', '.join(lk_backbones.list_encoders())}")
-    table = Table("name", Column("parameters", justify="right"), "kernel sizes", "published weights", title="encoders")
-    for name in names:
-        table.add_row(name, *_describe(name))
-    table.caption = "Parameters without classifier. *: only on the authors' page, see README."
-    Console().print(table)
-
-
-def _describe(name: str) -> tuple[str, str, str]:
-    """Parameters without the classifier, kernel size of each stage, and weights (starred: timm cannot fetch them)."""
-    import timm
-
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, num_classes=0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    kernels = [
-        max(module.kernel_size for module in stage.modules() if isinstance(module, torch.nn.Conv2d))
-        for stage in model.stages
-    ]
-    sizes = "-".join(str(k[0]) if k[0] == k[1] else f"{k[0]}x{k[1]}" for k in kernels)
-    fetchable = set(timm.list_pretrained(f"{name}.*"))
-    weights = [
-        full_name.partition(".")[2] + ("" if full_name in fetchable else "*")
-        for full_name in timm.list_models(f"{name}.*", include_tags=True)
-        if not full_name.endswith(".untrained")
-    ]
-    return f"{parameters / 1e6:.1f} M", sizes, ", ".join(weights) or "none"
-
-
-# ---- fit, validate, test, predict ----
+__all__ = ["run"]
 
 # Checkpoints may come from anywhere: never unpickle them. Tables are IoUTable's, predictions go to files.
 _DEFAULTS = {
@@ -110,7 +23,12 @@ _DEFAULTS = {
 }
 
 
-def _lightning(args: list[str]) -> None:
+def run(args: list[str]) -> None:
+    """Run one of Lightning's commands.
+
+    Args:
+        args: The command and its flags.
+    """
     # Imported here: `models` and a mistyped command need not wait for Lightning.
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI

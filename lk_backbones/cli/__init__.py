@@ -1,0 +1,55 @@
+"""The command line: ``lk-backbones COMMAND``, one file per group of commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+import lk_backbones
+from lk_backbones.cli import models, training
+
+__all__ = ["main"]
+
+_USAGE = """usage: lk-backbones COMMAND ...
+
+Large-kernel ConvNets for segmentation.
+
+  fit       train:     lk-backbones fit --config recipes/quickstart/unet_replknet_31n_scenes.yaml
+  validate  evaluate:  lk-backbones validate --ckpt_path CHECKPOINT
+  test      evaluate:  lk-backbones test --ckpt_path CHECKPOINT
+  predict   label maps and overlays for a folder of pictures:
+                       lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
+  models    list the encoders: name, parameters, kernel sizes, weights
+
+`lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
+override them (--model.inference slide). LK_BACKBONES_TRACEBACK=1 shows where an error comes from.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: Arguments, by default those of the process.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    if args[0] == "--version":
+        print(f"lk-backbones {lk_backbones.__version__}")
+        return
+    try:
+        if args[0] == "models":
+            models.run(args[1:])
+        else:
+            training.run(args)
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        # What these say is meant for the user; the way to them is not.
+        if os.environ.get("LK_BACKBONES_TRACEBACK"):
+            raise
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", str(error), highlight=False, markup=True)
+        sys.exit(1)
