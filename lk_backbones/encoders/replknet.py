@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 
 from lk_backbones.encoders.registry import register_encoder
-from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
+from lk_backbones.layers.reparam import ConvNorm, InputConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
 
 __all__ = ["RepLKNet"]
 
@@ -248,7 +248,7 @@ class RepLKNet(nn.Module):
         self.drop_rate = drop_rate
         width = channels[0]
         self.stem = nn.Sequential(
-            ConvNorm(in_chans, width, 3, stride=2, act=True, **dd),
+            InputConvNorm(in_chans, width, 3, stride=2, act=True, **dd),
             ConvNorm(width, width, 3, groups=width, act=True, **dd),
             ConvNorm(width, width, 1, act=True, **dd),
             ConvNorm(width, width, 3, stride=2, groups=width, act=True, **dd),

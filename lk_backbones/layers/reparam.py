@@ -10,13 +10,26 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d
+from lk_backbones.layers.pointwise import PointwiseConv2d
+from lk_backbones.ops import to_preferred_memory_format
 
-__all__ = ["ConvNorm", "ReparamLargeKernelConv2d", "fold_norm_into_next", "fold_norm_into_previous", "reparameterize"]
+__all__ = [
+    "ConvNorm",
+    "InputConvNorm",
+    "ReparamLargeKernelConv2d",
+    "fold_norm_into_next",
+    "fold_norm_into_previous",
+    "reparameterize",
+]
+
+# torch.fx records it as one call.
+torch.fx.wrap("to_preferred_memory_format")
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -105,7 +118,11 @@ class ConvNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        conv_type = DepthwiseConv2d if groups == in_channels == out_channels and groups > 1 else nn.Conv2d
+        conv_type: type[nn.Conv2d] = nn.Conv2d
+        if groups == in_channels == out_channels and groups > 1:
+            conv_type = DepthwiseConv2d
+        elif kernel_size == groups == stride == 1:
+            conv_type = PointwiseConv2d
         self.conv = conv_type(
             in_channels,
             out_channels,
@@ -130,6 +147,23 @@ class ConvNorm(nn.Module):
         if not isinstance(self.bn, nn.Identity):
             fold_norm_into_previous(self.conv, self.bn)
             self.bn = nn.Identity()
+
+
+class InputConvNorm(ConvNorm):
+    """The :class:`ConvNorm` that an encoder starts with: it decides the memory format of the whole network.
+
+    PyTorch's operators keep a map's memory format, so no layer after this one copies back and forth.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(N, in_channels, H, W)`` as `ConvNorm` does, to channels_last on CPUs."""
+        if not torch.jit.is_scripting():
+            x = self._lay_out(x)
+        return self.act(self.bn(self.conv(x)))
+
+    @torch.jit.unused
+    def _lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        return to_preferred_memory_format(x)
 
 
 class ReparamLargeKernelConv2d(nn.Module):
@@ -175,7 +209,7 @@ class ReparamLargeKernelConv2d(nn.Module):
         """Map ``(N, channels, H, W)`` to the same shape."""
         out = self.large(x)
         if self.small is not None:
-            out = out + self.small(x)
+            out += self.small(x)  # nothing needs a norm's output for its gradient
         return out
 
     def reparameterize(self) -> None:

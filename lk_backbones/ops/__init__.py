@@ -1,5 +1,7 @@
 """Tensor operations: depthwise convolution with large kernels, fast without anything to compile."""
 
 from lk_backbones.ops.depthwise import depthwise_conv2d, explain
+from lk_backbones.ops.memory_format import to_preferred_memory_format
+from lk_backbones.ops.pointwise import pointwise_conv2d
 
-__all__ = ["depthwise_conv2d", "explain"]
+__all__ = ["depthwise_conv2d", "explain", "pointwise_conv2d", "to_preferred_memory_format"]

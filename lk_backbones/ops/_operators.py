@@ -7,6 +7,7 @@ any order work.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,12 +117,7 @@ def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
     return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
 
-@torch.library.custom_op(
-    "lk_backbones::depthwise_conv2d",
-    mutates_args=(),
-    schema="(Tensor input, Tensor weight, Tensor? bias, SymInt[2] dilation, str method) -> Tensor",
-)
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     """Output ``(N, C, H, W)``, in the memory format of ``input``."""
     device, dilation = input.device.type, pair(dilation)
     path = plan(input, weight, dilation, method, device).forward
@@ -136,18 +132,20 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[
         return in_format(output.to(input.dtype), memory_format(input))
 
 
+forward = torch.library.custom_op(
+    "lk_backbones::depthwise_conv2d",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor input, Tensor weight, Tensor? bias, SymInt[2] dilation, str method) -> Tensor",
+)
+
+
 @forward.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     return torch.empty_like(input, memory_format=memory_format(input))
 
 
-@torch.library.custom_op(
-    "lk_backbones::depthwise_conv2d_backward",
-    mutates_args=(),
-    schema="(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] dilation, str method, bool[2] output_mask)"
-    " -> (Tensor, Tensor)",
-)
-def backward(
+def _backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -174,6 +172,15 @@ def backward(
             _absent(input) if grad_input is None else in_format(grad_input.to(input.dtype), memory_format(input)),
             _absent(weight) if grad_weight is None else _laid_out_like(weight, grad_weight),
         )
+
+
+backward = torch.library.custom_op(
+    "lk_backbones::depthwise_conv2d_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] dilation, str method, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+)
 
 
 @backward.register_fake
@@ -239,7 +246,9 @@ def _save_for_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(input, weight)
 
 
-def _forward_gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _forward_gradient(
+    ctx: Any, grad_output: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = backward
+) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = None
@@ -294,6 +303,33 @@ def _backward_gradient(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tens
 
 forward.register_autograd(_forward_gradient, setup_context=_save_for_forward)
 backward.register_autograd(_backward_gradient, setup_context=_save_for_backward)
+
+
+class _Eager(torch.autograd.Function):
+    """The same pair without PyTorch's dispatcher, whose way to a Python operator and back costs some 100 us."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str
+    ) -> Tensor:
+        _save_for_forward(ctx, (input, weight, bias, dilation, method), input)
+        return _forward(input, weight, bias, dilation, method)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # With gradients on, somebody will differentiate this again, for which the registered operator is made.
+        return _forward_gradient(ctx, grad_output, backward if torch.is_grad_enabled() else _backward)
+
+
+def apply(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
+    """Convolution with its gradient: the registered operator where anything looks at operators, else without it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # FLOP counters, fake tensors, selective checkpointing
+        or not all(type(tensor) in (Tensor, torch.nn.Parameter, type(None)) for tensor in (input, weight, bias))
+    ):
+        return forward(input, weight, bias, dilation, method)
+    return _Eager.apply(input, weight, bias, dilation, method)
 
 
 @register_flop_formula(torch.ops.lk_backbones.depthwise_conv2d)

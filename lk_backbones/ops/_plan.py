@@ -6,6 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
 Method = Literal["auto", "direct", "fft", "native"]
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -43,3 +47,18 @@ def resolve_method(method: str) -> str:
     if method not in METHODS:
         raise ValueError(f"{source} must be one of {', '.join(METHODS)}, got {method!r}")
     return method
+
+
+def wants_plain_convolution(*tensors: Tensor) -> bool:
+    """Whether something is at work that must see PyTorch's own operator.
+
+    Exporters and tracers (each of ONNX's exporters is one of them), whose results run elsewhere. Function transforms
+    and forward-mode AD, in which registered operators do not take part: the latter would silently treat the output as
+    a constant.
+    """
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lk_backbones.ops import _operators
-from lk_backbones.ops._plan import METHODS, Method, Plan
+from lk_backbones.ops._plan import METHODS, Method, Plan, wants_plain_convolution
 
 __all__ = ["Plan", "depthwise_conv2d", "explain"]
 
@@ -46,7 +45,7 @@ def depthwise_conv2d(
         ValueError: If shapes, dtypes, devices, dilation or method do not fit.
     """
     dilation = _operators.pair(dilation)
-    if _wants_plain_convolution(input, weight):
+    if wants_plain_convolution(input, weight):
         return _operators.native(input, weight, bias, dilation)
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -60,9 +59,8 @@ def depthwise_conv2d(
         return depthwise_conv2d(input.unsqueeze(0), weight, bias, dilation, method).squeeze(0)
     inference = not (torch.compiler.is_compiling() or _needs_gradient(input, weight, bias))
     if inference and _operators.plan(input, weight, dilation, method, device).forward == "native":
-        # A registered operator costs some 50 us per call, which only a gradient worth arranging repays.
         return _operators.native(input, weight, bias, dilation)
-    return _operators.forward(input, weight, bias, dilation, method)
+    return _operators.apply(input, weight, bias, dilation, method)
 
 
 def explain(
@@ -93,22 +91,6 @@ def explain(
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
     return _operators.plan(input, weight, dilation, method, input.device.type if device is None else device)
-
-
-def _wants_plain_convolution(input: Tensor, weight: Tensor) -> bool:
-    """Whether something is at work that must see PyTorch's own operator.
-
-    Exporters and tracers (each of ONNX's exporters is one of them), whose results run elsewhere. Function transforms
-    and forward-mode AD, in which registered operators do not take part: the latter would silently treat the output as
-    a constant.
-    """
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(input).tangent is not None
-        or forward_ad.unpack_dual(weight).tangent is not None
-    )
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
