@@ -15,17 +15,16 @@ Clock ``process`` counts processor time instead of time on the wall: for one thr
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from timing import describe_machine, interleave, peak_memory, save
 
 from lk_backbones.ops import depthwise_conv2d, explain
 from lk_backbones.ops._shapes import crop_kernel, taps_inside
@@ -90,60 +89,9 @@ PAPER = _square(
 )
 
 
-@dataclass
-class Timing:
-    """Times of one contestant, milliseconds."""
-
-    calls: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> float:
-        return min(self.calls)
-
-    @property
-    def median(self) -> float:
-        return sorted(self.calls)[len(self.calls) // 2]
-
-
-def interleave(
-    contestants: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
-) -> dict[str, Timing]:
-    """Time every contestant in turn, at least 10 ms each, until ``seconds`` are over.
-
-    Three rounds at least; whoever takes more than half a second sits out after the second.
-    """
-    timings = {name: Timing() for name in contestants}
-    for run in contestants.values():
-        run()  # the first call builds oneDNN's and MKL's tables
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or rounds < 3:
-        rounds += 1
-        for name, run in contestants.items():
-            turn = time.perf_counter()
-            while len(timings[name].calls) < 2 or timings[name].best < 500:
-                begin = clock()
-                run()
-                timings[name].calls.append((clock() - begin) * 1e3)
-                if time.perf_counter() - turn > 0.01:
-                    break
-    return timings
-
-
 def native(input: Tensor, weight: Tensor) -> Tensor:
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     return F.conv2d(input, weight, padding=padding, groups=weight.shape[0])
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """Most bytes that PyTorch held at once during ``run``, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = peak = 0
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def measure(case: Case, seconds: float, clock: Callable[[], float], paths: bool) -> dict[str, object]:
@@ -298,13 +246,7 @@ def main() -> None:
         parser.error(f"--only {arguments.only!r} fits no shape; the groups are {groups}")
     torch.set_num_threads(arguments.threads)
 
-    machine = {
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "architecture": platform.machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "clock": arguments.clock,
-    }
+    machine = {**describe_machine(), "clock": arguments.clock}
     results: list[dict] = []
     for case in cases:
         results.append(measure(case, arguments.seconds, CLOCKS[arguments.clock], arguments.paths))
@@ -312,21 +254,13 @@ def main() -> None:
         print(case.label, {name: round(milliseconds, 2) for name, milliseconds in best.items()}, flush=True)
         text = table(results, arguments.threads, arguments.clock) + (regret(results) if arguments.paths else "")
         if arguments.output:  # after every shape, so that a run cut short leaves what it has measured
-            save(arguments.output, machine, results, text)
+            save(
+                arguments.output,
+                {"machine": machine, "results": results},
+                text,
+                lambda path: plot(results, path, f"{machine['threads']} thread(s), {machine['instructions']}"),
+            )
     print("\n" + text)
-
-
-def save(stem: Path, machine: dict, results: list[dict], text: str) -> None:
-    """Write the JSON, the table and the plot; each file is replaced as a whole."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    contents = {".json": json.dumps({"machine": machine, "results": results}, indent=1) + "\n", ".md": text + "\n"}
-    for suffix, content in contents.items():
-        partial = stem.with_suffix(suffix + ".partial")
-        partial.write_text(content)
-        partial.replace(stem.with_suffix(suffix))
-    partial = stem.with_suffix(".partial.png")
-    plot(results, partial, f"{machine['threads']} thread(s), {machine['instructions']}")
-    partial.replace(stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":
