@@ -16,7 +16,7 @@ from lk_backbones.encoders.timm_names import family_filter, full_names, is_timm_
 from lk_backbones.weights.report import LoadReport, Mode, load_state
 from lk_backbones.weights.sources import Weights
 
-__all__ = ["find_encoder", "fitting_encoders", "is_dense_model", "load_encoder"]
+__all__ = ["find_encoder", "fitting_arguments", "fitting_encoders", "is_dense_model", "load_encoder"]
 
 # Parts beside the backbone in the whole models that OpenMMLab trains.
 DENSE_PARTS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
@@ -200,3 +200,19 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
         if len(present) > 0.9 * len(wanted) and all(published[key].shape == wanted[key] for key in present):
             fitting.append(name)
     return fitting
+
+
+def fitting_arguments(name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments with which a registered encoder has a place for every tensor of a whole model's backbone.
+
+    Args:
+        name: A registered encoder that the weights fit.
+        state_dict: The weights.
+
+    Returns:
+        ``{"norm_features": True}`` if they have norms of the returned maps, else nothing.
+    """
+    with torch.device("meta"):
+        full = timm.create_model(name)
+    published = _published_to_full(_encoder_part(state_dict, full.state_dict(), LoadReport("")), full)
+    return {"norm_features": True} if any(key.startswith("feature_norms.") for key in published) else {}

@@ -14,8 +14,9 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from lk_backbones.weights.download import url_cache
+from lk_backbones.weights.files import sha256_of
 
-__all__ = ["PublishedWeights", "find_published", "list_published"]
+__all__ = ["PublishedWeights", "find_published", "identify_published", "list_published"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,12 @@ def find_published(name: str) -> PublishedWeights | None:
     """Published weights by name; an architecture alone means its first weights."""
     published = _catalogue().get(name)
     return published or next((w for w in _catalogue().values() if w.architecture == name), None)
+
+
+def identify_published(file: Path) -> PublishedWeights | None:
+    """Published weights that a file is, by its name as published or by its checksum."""
+    names = {name: w for w in _catalogue().values() for name in (w.file, w.url and w.url.rpartition("/")[2]) if name}
+    if file.name in names:
+        return names[file.name]
+    digest = sha256_of(file)
+    return next((w for w in _catalogue().values() if w.sha256 and digest.startswith(w.sha256)), None)
