@@ -123,7 +123,6 @@ def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Te
                 f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(model)}: "
                 f"{error.args[0]}. load_weights(model.encoder, …) takes its backbone alone"
             ) from error
-    own = model.state_dict().keys()
     if isinstance(model, BaseTask):
         if any(key.startswith("model.encoder.") for key in state):
             return dict(state)
@@ -135,7 +134,7 @@ def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Te
         inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         if _is_smp_model(inner):
             return inner
-    elif own == state.keys():  # any other module, such as a detector
+    elif model.state_dict().keys() == state.keys() and find_encoder(model) is not model:  # such as a detector
         return dict(state)
     return None
 
@@ -189,6 +188,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload weights with lk_backbones",
+    report: list[LoadReport] | None = None,
 ) -> str:
     """Publish a model as a Hub repository that timm, smp and this package load alike.
 
@@ -207,6 +207,7 @@ def push(
         private: Whether a new repository is private; ``None`` for the owner's default.
         revision: Branch to commit to.
         commit_message: Message of the commit.
+        report: A list that gets what `load_weights` reported, if ``model`` is a source.
 
     Returns:
         ``hf-hub:owner/name@commit``, or with ``dry_run`` the folder.
@@ -217,13 +218,16 @@ def push(
         FileExistsError: If ``folder`` exists and holds anything else than an earlier such repository.
     """
     weights = None
+    info = info or RepositoryInfo()
     if not isinstance(model, nn.Module):
         weights = pull(model)
-        model = build_model(weights, info.model if info is not None else None)
-        load_weights(model, weights)
+        model = build_model(weights, info.model, info.model_kwargs)
+        loaded = load_weights(model, weights)
+        if report is not None:
+            report.append(loaded)
     with tempfile.TemporaryDirectory() as temporary:
         written = Path(temporary) / "repository"
-        write_repository(model, written, repo_id, info or RepositoryInfo(), weights)
+        write_repository(model, written, repo_id, info, weights)
         if dry_run or folder is not None:
             target = Path(folder if folder is not None else repo_id.rpartition("/")[2])
             _replace(written, target)
@@ -233,6 +237,8 @@ def push(
         api = HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=written, revision=revision, commit_message=commit_message
             )

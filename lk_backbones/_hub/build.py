@@ -18,12 +18,13 @@ from lk_backbones.weights.sources import Weights
 __all__ = ["build_model"]
 
 
-def build_model(weights: Weights, name: str | None = None) -> nn.Module:
+def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any] | None = None) -> nn.Module:
     """Build the model that weights belong to; its values are still to be loaded.
 
     Args:
         weights: What `pull` returned.
         name: A timm model (``replknet_31b.in1k``) or published weights, for a bare file that does not say what it is.
+        kwargs: Keyword arguments of that timm model, such as ``kernel_sizes``.
 
     Returns:
         A timm model, an smp model or a task.
@@ -46,7 +47,7 @@ def build_model(weights: Weights, name: str | None = None) -> nn.Module:
         full_name = f"{weights.config['architecture']}.{tag}" if tag else weights.config["architecture"]
         known = full_name in timm.list_models(f"{weights.config['architecture']}.*", include_tags=True)
         return timm.create_model(full_name if known else weights.config["architecture"], **arguments)
-    return _published_model(weights, name or (weights.published.name if weights.published else None))
+    return _published_model(weights, name or (weights.published.name if weights.published else None), kwargs or {})
 
 
 def _task_class_of(hyper_parameters: dict[str, Any]) -> str:
@@ -77,7 +78,7 @@ def _smp_model(weights: Weights) -> nn.Module:
     return known[class_name](**(arguments | {"encoder_weights": None}))
 
 
-def _published_model(weights: Weights, name: str | None) -> nn.Module:
+def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
     """The model of a bare published file: by name, else by its keys and shapes."""
     state = weights.state_dict
     if name is None:
@@ -86,18 +87,19 @@ def _published_model(weights: Weights, name: str | None) -> nn.Module:
     encoders = [name] if name and timm.is_model(name.partition(".")[0]) else fitting_encoders(state)
     if len(encoders) != 1:
         possible = f"it could be {' or '.join(encoders)}" if encoders else "it fits none of our encoders"
-        raise WeightsError(f"'{weights.source}' does not say what model it is of, and {possible}: name it (--model)")
+        raise WeightsError(f"'{weights.source}' does not say what model it is of, and {possible}: name it, with --model")
     if is_dense_model(state):
         if not any(key.startswith("decode_head.") for key in state):
             raise WeightsError(
                 f"'{weights.source}' is a whole OpenMMLab detector, which this version cannot turn into a model; "
                 f"load_weights(model, …) takes its backbone"
             )
-        kwargs = fitting_arguments(encoders[0], state)
+        encoder_kwargs = fitting_arguments(encoders[0], state) | kwargs
         task_arguments = upernet_arguments(state) | _preprocessing(weights, name, encoders[0])
-        return SegmentationTask(encoder=encoders[0], encoder_kwargs=kwargs, **task_arguments)
+        return SegmentationTask(encoder=encoders[0], encoder_kwargs=encoder_kwargs, **task_arguments)
     classes = [len(value) for key, value in state.items() if key in _CLASSIFIER_WEIGHTS]
-    return timm.create_model(name if name in encoders else encoders[0], num_classes=classes[0] if classes else 0)
+    name = name if name in encoders else encoders[0]
+    return timm.create_model(name, num_classes=classes[0] if classes else 0, **kwargs)
 
 
 _CLASSIFIER_WEIGHTS = ("head.weight", "head.fc.weight")

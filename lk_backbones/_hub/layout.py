@@ -39,6 +39,7 @@ class RepositoryInfo:
 
     Attributes:
         model: The timm model (``replknet_31b.in1k``) or the published weights that a bare file holds.
+        model_kwargs: Keyword arguments of that timm model, such as ``kernel_sizes``.
         license: SPDX identifier of the weights' licence; by default that of the published weights, if it is such a file.
         data: What it was trained on.
         metrics: What was measured, such as ``{"val/mean_iou": 0.52}``.
@@ -48,6 +49,7 @@ class RepositoryInfo:
     """
 
     model: str | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     license: str | None = None
     data: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -52,6 +52,7 @@ class LoadReport:
 
 
 def _some(keys: list[str]) -> str:
+    keys = sorted(keys, key=lambda key: key.endswith("num_batches_tracked"))  # what matters first
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
