@@ -120,7 +120,7 @@ def _what_it_is(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     repo = facts.repo_id
-    install = "`pip install lk-backbones` first; importing `lk_backbones` makes the architecture known to timm and smp."
+    install = "With the Python package `lk_backbones` installed; importing it makes the architecture known to timm and smp."
     if facts.kind == "encoder":
         architecture = facts.name.partition(".")[0]
         own_name = "" if facts.arguments else (

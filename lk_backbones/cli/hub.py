@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from lk_backbones.weights import PublishedWeights, list_published, pull
 from lk_backbones.weights.sources import NAMESPACE_VARIABLE, default_namespace
@@ -115,16 +116,17 @@ def _list(arguments: argparse.Namespace) -> None:
 def _table(task: str, published: list[PublishedWeights], namespace: str | None, width: int) -> Table:
     wide = width >= 110
     columns = ["name", "data", _METRICS[task][1], *(["size", "licence"] if wide else []), "from", "cached"]
-    table = Table(
-        *(Column(name, no_wrap=True) for name in columns), title=task, title_justify="left", box=box.SIMPLE, padding=(0, 1)
-    )
+    longest = max(len(weights.name) for weights in published)
+    table = Table(title=task, title_justify="left", box=box.SIMPLE, padding=0 if width < 90 else (0, 1))
+    for name in columns:  # in a narrow terminal the data give way
+        table.add_column(name, no_wrap=True, min_width={"name": longest, "data": 1}.get(name, 6))
     for weights in published:
         value = weights.metrics.get(_METRICS[task][0])
         place = {"hub": weights.hub if wide else "Hub", "mirror": "mirror", "drive": "drive*"}[weights.place]
         details = [str(weights.input_size or ""), weights.license] if wide else []
         table.add_row(
             weights.name,
-            weights.data.replace("ImageNet-", "").replace(", then ", " → ").replace(" epochs", " ep."),
+            re.sub(", .*kernels", "", weights.data).replace("ImageNet-", "").replace(", then ", " → "),
             "" if value is None else f"{value:.1f}",
             *details,
             place,

@@ -26,6 +26,8 @@ __all__ = ["EncoderSpec", "load_encoder_weights", "nearest", "resolve_encoder", 
 
 _REMOTE = ("hf-hub:", "local-dir:")
 _DEFAULT_WEIGHTS = (True, "pretrained")
+# Arguments of a timm model that smp or the task decide on.
+_SET_BY_SMP = ("in_chans", "num_classes", "global_pool", "output_stride")
 
 
 @dataclass
@@ -135,7 +137,7 @@ def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[st
     if "architecture" not in config:
         raise ValueError(f"encoder='{source}': its config.json names no timm model ('architecture')")
     name = f"tu-{config['architecture']}"
-    kwargs = config.get("model_args", {}) | kwargs
+    kwargs = {k: v for k, v in config.get("model_args", {}).items() if k not in _SET_BY_SMP} | kwargs
     spec = resolve_encoder(name, pinned if weights in _DEFAULT_WEIGHTS else weights, kwargs, load)
     # from now on without the network: the architecture is known
     spec.saved |= {"encoder": name, "encoder_kwargs": kwargs, "encoder_weights": pinned if weights else None}

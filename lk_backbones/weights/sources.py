@@ -277,7 +277,8 @@ def _from_name(name: str, revision: str | None, namespace: str | None) -> Weight
 def _from_timm(name: str, revision: str | None) -> Weights:
     """Weights of a timm model, by name: those that timm itself would fetch."""
     architecture = name.partition(".")[0]
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(architecture) else None
+    known = name in (architecture, *timm.list_models(f"{architecture}.*", include_tags=True))
+    config = timm.get_pretrained_cfg(name) if known and timm.is_model(architecture) else None
     settings = {} if config is None else config.to_dict()
     if settings.get("hf_hub_id"):
         repo, _, pinned = split_hub_id(settings["hf_hub_id"])
