@@ -134,10 +134,7 @@ def _encoder_part(
     state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], report: LoadReport
 ) -> dict[str, torch.Tensor]:
     """The part of a state dict that is an encoder's, without the prefix it has in the model around it."""
-    prefixes = ["model.encoder.", "encoder.", "backbone."]
-    first = next(iter(own))
-    prefixes[:0] = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]  # such as a detector's
-    prefix = next((p for p in prefixes if any(key.startswith(p) for key in state)), "")
+    prefix = _prefix(state, list(own))
     if not prefix or (prefix == "model." and all(key.startswith(prefix) for key in state)):
         return state
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -146,6 +143,19 @@ def _encoder_part(
         part |= {key: value for key, value in state.items() if key.startswith("head.") and not dense}
     report.skip(_ELSEWHERE, [key for key in state if not key.startswith(prefix) and key not in part])
     return part
+
+
+def _prefix(state: dict[str, torch.Tensor], own: list[str]) -> str:
+    """What stands in front of the encoder's keys, such as ``backbone.body.`` in torchvision's detectors."""
+    bare = [key.removeprefix("model.") for key in own]
+    flat, unflat = [key.replace(".", "_", 1) for key in bare], [key.replace("_", ".", 1) for key in bare]
+    for names in (own, bare, flat, unflat):
+        for candidate in [key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}")]:
+            if 2 * sum(candidate + name in state for name in names) > len(names):
+                return candidate
+    # in the published naming, which resembles none of ours
+    known = ("model.encoder.", "encoder.", "backbone.")
+    return next((prefix for prefix in known if any(key.startswith(prefix) for key in state)), "")
 
 
 def _adapt_input(

@@ -19,7 +19,7 @@ from tests.conftest import SMALL_ENCODERS, randomize_norms
 from tests.hub.conftest import finish
 from tests.hub.server import LoopbackHub
 
-KERNELS = {"kernel_sizes": 7}
+KERNELS = {"kernel_sizes": 7, "depths": [1, 1, 1, 1]}
 TASK = {
     "architecture": "upernet_openmmlab",
     "encoder": "replknet_31n",
@@ -64,9 +64,9 @@ save_file(out, f"{folder}/out.safetensors")
 """
 
 
-def small(name: str) -> torch.nn.Module:
+def small(name: str, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = randomize_norms(timm.create_model(name, num_classes=5)).eval()
+    model = randomize_norms(timm.create_model(name, num_classes=5, **kwargs)).eval()
     model.pretrained_cfg = model.pretrained_cfg | {"mean": (0.25, 0.5, 0.75)}
     return model
 
@@ -122,16 +122,17 @@ def test_only_the_owner_may_push(hub: LoopbackHub, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_asked_of_the_network_for_what_is_here(hub: LoopbackHub, tmp_path: Path) -> None:
-    lk_hub.push(small("replknet_31n"), "you/encoder")
+    lk_hub.push(small("replknet_31n", **KERNELS), "you/encoder")
     commit = hub.repositories["you/encoder"].refs["main"]
-    task = make_task(encoder_kwargs=None, encoder_weights="hf-hub:you/encoder")
+    task = make_task(encoder_weights="hf-hub:you/encoder")
     # the commit is recorded, and the mean of the weights is the task's
     assert task.hparams["encoder_weights"] == f"hf-hub:you/encoder@{commit}"
     assert task.hparams["mean"] == [0.25, 0.5, 0.75]
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(task)
     trainer.save_checkpoint(tmp_path / "task.ckpt")
-    model = smp.Unet("replknet_31n", encoder_weights="hf-hub:you/encoder")
+    model = smp.Unet("tu-replknet_31n", encoder_weights=None, **KERNELS)
+    lk_hub.load_weights(model, "hf-hub:you/encoder")
     lk_hub.push(model, "you/unet", folder=tmp_path / "unet")
 
     hub.requests.clear()
@@ -145,13 +146,13 @@ def test_nothing_is_asked_of_the_network_for_what_is_here(hub: LoopbackHub, tmp_
 
 
 def test_a_pinned_revision_is_what_a_task_starts_from(hub: LoopbackHub) -> None:
-    lk_hub.push(small("replknet_31n"), "you/encoder")
+    lk_hub.push(small("replknet_31n", **KERNELS), "you/encoder")
     first = hub.repositories["you/encoder"].refs["main"]
-    other = small("replknet_31n")
+    other = small("replknet_31n", **KERNELS)
     torch.nn.init.zeros_(other.stem[0].conv.weight)
     lk_hub.push(other, "you/encoder")
     for source, zero in ((f"hf-hub:you/encoder@{first}", False), ("hf-hub:you/encoder", True)):
-        task = make_task(encoder_kwargs=None, encoder_weights=source)
+        task = make_task(encoder_weights=source)
         assert bool((task.encoder.model.stem_0.conv.weight == 0).all()) is zero
 
 
@@ -191,7 +192,7 @@ def test_a_namespace_comes_first(hub: LoopbackHub, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_layout_is_also_a_folder(hub: LoopbackHub, tmp_path: Path) -> None:
-    model = small("replknet_31n")
+    model = small("replknet_31n", **KERNELS)
     folder = lk_hub.push(model, "you/encoder", folder=tmp_path / "folder", dry_run=True)
     assert hub.requests == []
     assert sorted(path.name for path in Path(folder).iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -220,7 +221,7 @@ def test_the_encoder_of_an_smp_model_is_published_whole(hub: LoopbackHub) -> Non
 def test_what_cannot_be_rebuilt_is_not_published(hub: LoopbackHub) -> None:
     import lk_backbones
 
-    folded = lk_backbones.reparameterize(small("replknet_31n"))
+    folded = lk_backbones.reparameterize(small("replknet_31n", **KERNELS))
     with pytest.raises(lk_hub.WeightsError, match=r"cannot be rebuilt.*Publish it before folding"):
         lk_hub.push(folded, "you/x")
     with pytest.raises(lk_hub.WeightsError, match="a Linear cannot be published"):
