@@ -19,7 +19,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -252,7 +251,9 @@ def _replace(written: Path, target: Path) -> None:
     if target.exists():
         foreign = {path.name for path in target.iterdir()} - {path.name for path in written.iterdir()}
         if not target.is_dir() or foreign:
-            raise FileExistsError(f"'{target}' exists and holds other files ({sorted(foreign)[:3]}): choose another one")
+            raise FileExistsError(
+                f"'{target}' exists and holds other files ({sorted(foreign)[:3]}): choose another one"
+            )
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(written, partial := target.with_name(f".{target.name}.partial"), dirs_exist_ok=True)

@@ -87,7 +87,9 @@ def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any])
     encoders = [name] if name and timm.is_model(name.partition(".")[0]) else fitting_encoders(state)
     if len(encoders) != 1:
         possible = f"it could be {' or '.join(encoders)}" if encoders else "it fits none of our encoders"
-        raise WeightsError(f"'{weights.source}' does not say what model it is of, and {possible}: name it, with --model")
+        raise WeightsError(
+            f"'{weights.source}' does not say what model it is of, and {possible}: name it, with --model"
+        )
     if is_dense_model(state):
         if not any(key.startswith("decode_head.") for key in state):
             raise WeightsError(

@@ -120,12 +120,18 @@ def _what_it_is(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     repo = facts.repo_id
-    install = "With the Python package `lk_backbones` installed; importing it makes the architecture known to timm and smp."
+    install = (
+        "With the Python package `lk_backbones` installed; importing it makes the architecture known to timm and smp."
+    )
     if facts.kind == "encoder":
         architecture = facts.name.partition(".")[0]
-        own_name = "" if facts.arguments else (
-            "\n# or as an encoder of segmentation-models-pytorch\n"
-            f'model = smp.Unet("{architecture}", encoder_weights="hf-hub:{repo}", classes=2)\n'
+        own_name = (
+            ""
+            if facts.arguments
+            else (
+                "\n# or as an encoder of segmentation-models-pytorch\n"
+                f'model = smp.Unet("{architecture}", encoder_weights="hf-hub:{repo}", classes=2)\n'
+            )
         )
         code = (
             "import segmentation_models_pytorch as smp\nimport timm\nfrom lk_backbones import hub\n\n"
@@ -134,10 +140,14 @@ def _usage(facts: CardFacts) -> str:
             f'print(hub.load_weights(model, "hf-hub:{repo}"))'
         )
     elif facts.kind == "segmentation_model":
-        task = "" if facts.task_class is None else (
-            "\n\n# or with everything that training and evaluation need\n"
-            f'task = hub.load_model("hf-hub:{repo}")\n'
-            "label_map = task(image).argmax(1)  # image (N, 3, H, W) in [0, 1], of any size"
+        task = (
+            ""
+            if facts.task_class is None
+            else (
+                "\n\n# or with everything that training and evaluation need\n"
+                f'task = hub.load_model("hf-hub:{repo}")\n'
+                "label_map = task(image).argmax(1)  # image (N, 3, H, W) in [0, 1], of any size"
+            )
         )
         code = (
             "import segmentation_models_pytorch as smp\nfrom lk_backbones import hub\n\n"
@@ -149,7 +159,11 @@ def _usage(facts: CardFacts) -> str:
 
 
 def _input(facts: CardFacts) -> str:
-    size = f" The weights' own size is {facts.input_size[1]}×{facts.input_size[2]} pixels; others work." if facts.input_size else ""
+    size = (
+        f" The weights' own size is {facts.input_size[1]}×{facts.input_size[2]} pixels; others work."
+        if facts.input_size
+        else ""
+    )
     who = " The task normalises by itself." if facts.task_class else ""
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (facts.mean, facts.std))
     return f"RGB in [0, 1], normalised by mean ({mean}) and standard deviation ({std}).{who}{size}"

@@ -1,4 +1,4 @@
-"""The one repository layout: ``model.safetensors``, ``config.json``, model card; and for a task what smp has no place for.
+"""The one repository layout: ``model.safetensors``, ``config.json``, model card; for a task also what smp cannot hold.
 
 ``config.json`` serves three readers. timm reads ``architecture``, ``model_args`` and ``pretrained_cfg`` of an encoder;
 smp reads ``mean`` and ``std`` at the top level of an encoder, or a model's arguments and ``_model_class``; this package
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
 import timm
 import torch
 from safetensors.torch import save_file
@@ -40,7 +39,7 @@ class RepositoryInfo:
     Attributes:
         model: The timm model (``replknet_31b.in1k``) or the published weights that a bare file holds.
         model_kwargs: Keyword arguments of that timm model, such as ``kernel_sizes``.
-        license: SPDX identifier of the weights' licence; by default that of the published weights, if it is such a file.
+        license: SPDX identifier of the weights' licence; by default that of the published weights, if they are some.
         data: What it was trained on.
         metrics: What was measured, such as ``{"val/mean_iou": 0.52}``.
         command: The command that measured it.
@@ -83,13 +82,16 @@ def write_repository(
         facts = _write_encoder(model, folder, published)
     else:
         raise WeightsError(
-            f"a {type(model).__name__} cannot be published: a timm model, an smp encoder built by timm, an smp model or "
-            f"one of our tasks can"
+            f"a {type(model).__name__} cannot be published: a timm model, an smp encoder built by timm, an smp model "
+            f"or one of our tasks can"
         )
     facts.repo_id, facts.published = repo_id, published
     facts.parameters = sum(parameter.numel() for parameter in model.parameters())
     if weights is not None:
-        facts.origin, facts.origin_sha256 = weights.published.name if weights.published else weights.file.name, weights.sha256
+        facts.origin, facts.origin_sha256 = (
+            weights.published.name if weights.published else weights.file.name,
+            weights.sha256,
+        )
         facts.metrics |= _checkpoint_metrics(weights.checkpoint)
     facts.license = info.license or (published.license if published else None)
     facts.data = info.data or (published.data if published else None)
@@ -126,13 +128,23 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
         for key in ("tag", "license", "origin_url"):  # those of the published weights, which these no longer are
             timm_config.pop(key, None)
     preprocessing = {key: list(timm_config[key]) for key in ("mean", "std")}
-    config |= {"input_space": "RGB", "input_range": [0, 1], **preprocessing, "_lk_backbones": _ours("encoder", preprocessing)}
+    config |= {
+        "input_space": "RGB",
+        "input_range": [0, 1],
+        **preprocessing,
+        "_lk_backbones": _ours("encoder", preprocessing),
+    }
     _write_json(file, config)
     name = f"{architecture}.{timm_config['tag']}" if timm_config.get("tag") else architecture
     return CardFacts(
-        kind="encoder", name=name, arguments=arguments, num_classes=full.num_classes,
-        input_size=list(timm_config["input_size"]), **preprocessing,
-    )  # fmt: skip
+        kind="encoder",
+        name=name,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        num_classes=full.num_classes,
+        input_size=list(timm_config["input_size"]),
+        arguments=arguments,
+    )
 
 
 def _whole_model(encoder: nn.Module) -> nn.Module:
@@ -173,9 +185,12 @@ def _write_smp_model(model: Any, folder: Path, preprocessing: dict[str, list[flo
         arguments | {"_model_class": type(model).__name__, "_lk_backbones": _ours("segmentation_model", preprocessing)},
     )
     return CardFacts(
-        kind="segmentation_model", name=f"{type(model).__name__} on {arguments['encoder_name']}",
-        num_classes=arguments.get("classes", 0), **preprocessing,
-    )  # fmt: skip
+        kind="segmentation_model",
+        name=f"{type(model).__name__} on {arguments['encoder_name']}",
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        num_classes=arguments.get("classes", 0),
+    )
 
 
 def _encoder_preprocessing(encoder: nn.Module) -> dict[str, list[float]]:
@@ -234,8 +249,8 @@ def _check_rebuilt(model: nn.Module, again: nn.Module) -> None:
     if own != rebuilt:
         different = sorted(key for key in own.keys() | rebuilt.keys() if own.get(key) != rebuilt.get(key))
         raise WeightsError(
-            f"this {type(model).__name__} cannot be rebuilt from the arguments it was made with: {len(different)} tensors "
-            f"differ, first {different[:3]}. Publish it before folding it (reparameterize) or changing its modules"
+            f"this {type(model).__name__} cannot be rebuilt from the arguments it was made with: {len(different)} "
+            f"tensors differ, first {different[:3]}. Publish it before folding it (reparameterize) or changing modules"
         )
 
 

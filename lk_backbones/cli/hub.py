@@ -47,7 +47,9 @@ def run(args: list[str]) -> None:
         help="make a checkpoint, or a published file, a Hub repository that timm, smp and lk_backbones load",
         epilog="Example: lk-backbones hub publish best.ckpt --repo you/street-scenes --license mit --dry-run",
     )
-    publisher.add_argument("source", help="checkpoint of `lk-backbones fit`, published file, folder or any other source")
+    publisher.add_argument(
+        "source", help="checkpoint of `lk-backbones fit`, published file, folder or any other source"
+    )
     publisher.add_argument("--repo", required=True, help="owner/name; created if it does not exist")
     _add_card_arguments(publisher)
     publisher.add_argument("--private", action="store_true", help="make a new repository private")
@@ -70,8 +72,8 @@ def convert(args: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="lk-backbones convert",
-        description="Turn a published checkpoint (the authors', OpenMMLab's, or one of `lk-backbones fit`) into a folder "
-        "with model.safetensors, config.json and a model card, and say what became of every tensor.",
+        description="Turn a published checkpoint (the authors', OpenMMLab's, or one of `lk-backbones fit`) into a "
+        "folder with model.safetensors, config.json and a model card, and say what became of every tensor.",
     )
     parser.add_argument("file")
     parser.add_argument("--to", metavar="DIR", help="the folder; by default one called like the file, beside it")
@@ -104,7 +106,9 @@ def _list(arguments: argparse.Namespace) -> None:
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=140)
     for task in dict.fromkeys(weights.task for weights in published):
-        console.print(_table(task, [weights for weights in published if weights.task == task], namespace, console.width))
+        console.print(
+            _table(task, [weights for weights in published if weights.task == task], namespace, console.width)
+        )
     first = f"{namespace} on the Hub comes first. " if namespace else ""
     console.print(
         f"{first}Results in percent, as the authors report them. 1K, 22K: ImageNet. drive*: a file-sharing drive; "
@@ -191,7 +195,9 @@ def _info(arguments: argparse.Namespace) -> Any:
     try:
         model_kwargs = json.loads(arguments.model_kwargs)
     except ValueError as error:
-        raise ValueError(f"--model-kwargs {arguments.model_kwargs}: JSON is expected, such as '{{\"kernel_sizes\": 7}}'") from error
+        raise ValueError(
+            f"--model-kwargs {arguments.model_kwargs}: JSON is expected, such as '{{\"kernel_sizes\": 7}}'"
+        ) from error
     return RepositoryInfo(
         model=arguments.model,
         model_kwargs=model_kwargs,

@@ -96,7 +96,7 @@ class _PretrainedSettings(Mapping[str, dict[str, Any]]):
 
 
 class _RepositorySettings(dict[str, Any]):
-    """``repo_id`` and ``revision``, found out when smp reads them, since it also copies and lists what it never uses."""
+    """``repo_id`` and ``revision``, found out when smp reads them: it also copies and lists what it never uses."""
 
     def __init__(self, name: str, key: str) -> None:
         super().__init__()
@@ -122,9 +122,13 @@ class _RepositorySettings(dict[str, Any]):
         namespace = default_namespace()
         if published is not None and namespace is not None:
             return f"{namespace}/{published.name}", None
-        advice = "nobody published weights for it" if published is None else (
-            f"lk_backbones.hub.load_weights(model, '{published.name}') loads them in a second step, and "
-            f"{NAMESPACE_VARIABLE} names a Hub user or organisation that mirrors them"
+        advice = (
+            "nobody published weights for it"
+            if published is None
+            else (
+                f"lk_backbones.hub.load_weights(model, '{published.name}') loads them in a second step, and "
+                f"{NAMESPACE_VARIABLE} names a Hub user or organisation that mirrors them"
+            )
         )
         raise WeightsError(
             f"{self.name} has no weights on the Hugging Face Hub in smp's layout (smp's default is "

@@ -49,7 +49,7 @@ def timm_model(encoder: nn.Module, kwargs: dict[str, Any] | None = None) -> nn.M
     if isinstance(encoder, TimmUniversalEncoder):
         name = encoder.name
     elif is_timm_model(encoder):
-        name = encoder.pretrained_cfg["architecture"]  # type: ignore[index,assignment]
+        name = encoder.pretrained_cfg["architecture"]  # type: ignore[index]
     else:
         raise ValueError(f"{type(encoder).__name__} is not a timm model")
     kwargs = {k: v for k, v in (timm_arguments(encoder) if kwargs is None else kwargs).items() if k not in _VIEW}

@@ -112,8 +112,8 @@ def resolve_encoder(
     if weights in _DEFAULT_WEIGHTS:
         if not tags:
             raise ValueError(
-                f"nobody published weights for '{encoder}' (encoder_weights={weights!r}); use None, or a source such as "
-                f"'hf-hub:owner/name' or a local weight file"
+                f"nobody published weights for '{encoder}' (encoder_weights={weights!r}); use None, or a source such "
+                f"as 'hf-hub:owner/name' or a local weight file"
             )
     elif weights not in tags or tag not in ("", weights):
         raise ValueError(

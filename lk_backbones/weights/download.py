@@ -1,8 +1,8 @@
 """Fetch files: from the Hugging Face Hub with its own client, from HTTP mirrors with torch's downloader.
 
 The clients do the caching, resuming and retrying, and know tokens, mirrors and offline mode (``HF_TOKEN``,
-``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). Added here is what they leave open: every file is compared with its checksum before
-it is used, a wrong one is removed from the cache, and each failure becomes one message that says what to do.
+``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). Added here is what they leave open: every file is compared with its checksum
+before it is used, a wrong one is removed from the cache, and each failure becomes one message that says what to do.
 """
 
 import errno
@@ -20,7 +20,6 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -83,8 +82,8 @@ def fetch_from_hub(repo: str, filename: str, revision: str | None = None) -> Hub
         _remove_from_cache(path)
         if attempt == _ATTEMPTS or constants.HF_HUB_OFFLINE:
             raise DownloadError(
-                f"'{filename}' of '{repo}' arrived damaged ({problem}) and was removed from the cache. Try again later; "
-                f"if it happens again, the file on {constants.ENDPOINT} itself is damaged"
+                f"'{filename}' of '{repo}' arrived damaged ({problem}) and was removed from the cache. Try again "
+                f"later; if it happens again, the file on {constants.ENDPOINT} itself is damaged"
             )
     raise AssertionError("unreachable")
 
@@ -166,9 +165,7 @@ def explain(
     what = f"'{filename}' of '{repo}'" if filename else f"'{repo}'"
     token = _TOKEN.format(right=right)
     offline = constants.HF_HUB_OFFLINE or any(isinstance(link, OfflineModeIsEnabled) for link in _chain(error))
-    problem = next(
-        (link for link in _chain(error) if isinstance(link, OSError) and link.errno in _CACHE_TROUBLE), None
-    )
+    problem = next((link for link in _chain(error) if isinstance(link, OSError) and link.errno in _CACHE_TROUBLE), None)
     if isinstance(error, HFValidationError):
         message = f"'{repo}' is no repository name: 'owner/name' is expected"
     elif offline:
@@ -179,8 +176,8 @@ def explain(
     elif problem is not None:
         folder = problem.filename or constants.HF_HUB_CACHE
         message = (
-            f"{what} cannot be written into the cache, {folder}: {problem.strerror}. HF_HUB_CACHE names another folder; "
-            f"`hf cache` shows what takes space"
+            f"{what} cannot be written into the cache, {folder}: {problem.strerror}. HF_HUB_CACHE names another "
+            f"folder; `hf cache` shows what takes space"
         )
     elif isinstance(error, GatedRepoError):
         message = f"{what} is gated: accept its conditions on {endpoint}/{repo}, then {token}"
@@ -239,12 +236,12 @@ def fetch_url(url: str, sha256_prefix: str | None = None) -> Path:
         raise DownloadError(f"{url} cannot be fetched ({error}): check the connection, or try again later") from error
     except RuntimeError as error:
         raise DownloadError(
-            f"{url} arrived damaged ({error}) and was not kept. Try again later; if it happens again, the mirror's file "
-            f"itself is damaged"
+            f"{url} arrived damaged ({error}) and was not kept. Try again later; if it happens again, the mirror's "
+            f"file itself is damaged"
         ) from error
     except OSError as error:
         raise DownloadError(
-            f"{url} cannot be fetched or not be written into the cache {file.parent}: {error}. TORCH_HOME names another "
-            f"folder"
+            f"{url} cannot be fetched or not be written into the cache {file.parent}: {error}. TORCH_HOME names "
+            f"another folder"
         ) from error
     return file

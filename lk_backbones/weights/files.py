@@ -22,7 +22,12 @@ __all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "read_checkpoint", "sha256_of"]
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 # Plain values that training scripts keep beside the weights; building them runs no code of the file's.
-_HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
+]
 _HARMLESS += [
     (function, f"{module}.{name}")
     for module in ("numpy._core.multiarray", "numpy.core.multiarray")

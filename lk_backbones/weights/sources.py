@@ -1,4 +1,4 @@
-"""From a source, in any of its spellings, to tensors: Hub repository, folder, file, or the name of published weights."""
+"""From a source in any spelling to tensors: Hub repository, folder, file, or the name of published weights."""
 
 import json
 import os
@@ -74,7 +74,10 @@ def is_source(text: str | os.PathLike[str]) -> bool:
     """Whether a text is a source by its form: a Hub repository, or a file or folder on this machine."""
     text = os.fspath(text)
     return (
-        text.startswith(_PREFIXES) or text.endswith(WEIGHT_SUFFIXES) or os.sep in text or Path(text).expanduser().exists()
+        text.startswith(_PREFIXES)
+        or text.endswith(WEIGHT_SUFFIXES)
+        or os.sep in text
+        or Path(text).expanduser().exists()
     )
 
 

@@ -61,7 +61,9 @@ def process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.Popen[
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TORCH_HOME": str(tmp_path / "torch"),
             "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the order of sums, for outputs that are compared bit for bit
+            "OMP_NUM_THREADS": str(
+                torch.get_num_threads()
+            ),  # the order of sums, for outputs that are compared bit for bit
         }
         for variable in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LK_BACKBONES_NAMESPACE"):
             environment.pop(variable, None)

@@ -1,8 +1,8 @@
-"""A small Hugging Face Hub on loopback: what the real client asks for when it downloads and uploads, and faults at will.
+"""A small Hugging Face Hub on loopback: what the real client asks for when it downloads and uploads, and faults.
 
-Repositories live in memory. Files over `LFS_THRESHOLD` bytes and ``.safetensors`` go the way of large files: ``resolve``
-redirects to another host (the CDN) and carries their SHA-256 and size, and uploads go through the LFS batch API. Small
-ones are served directly with git's blob hash as ETag. Every request is noted in `LoopbackHub.requests`.
+Repositories live in memory. Files over `LFS_THRESHOLD` bytes and ``.safetensors`` go the way of large files:
+``resolve`` redirects to another host (the CDN) and carries their SHA-256 and size, and uploads go through the LFS batch
+API. Small ones are served directly with git's blob hash as ETag. Every request is noted in `LoopbackHub.requests`.
 """
 
 from __future__ import annotations

@@ -42,12 +42,27 @@ def test_publish_and_pull(hub: LoopbackHub, checkpoint: Path, capsys: pytest.Cap
 
 
 def test_the_dry_run_writes_a_card_that_says_it_all(
-    hub: LoopbackHub, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = "lk-backbones test --ckpt_path best.ckpt"
-    options = ["--license", "cc-by-4.0", "--data", "Street scenes", "--metric", "test/mean_iou=0.4", "--measured-with", command]
-    main(["hub", "publish", "best.ckpt", "--repo", "you/streets", "--dry-run", *options, "--description", "For a test."])
+    options = [
+        "--license",
+        "cc-by-4.0",
+        "--data",
+        "Street scenes",
+        "--metric",
+        "test/mean_iou=0.4",
+        "--measured-with",
+        command,
+    ]
+    main(
+        ["hub", "publish", "best.ckpt", "--repo", "you/streets", "--dry-run", *options, "--description", "For a test."]
+    )
     assert hub.requests == []
     assert "best.ckpt: " in (out := capsys.readouterr().out)
     assert "streets/README.md, streets/config.json, streets/model.safetensors" in out
@@ -83,7 +98,9 @@ def test_a_checkpoint_cannot_choose_what_is_imported(hub: LoopbackHub, checkpoin
     for name in ("os.system", "openmmlab_state_dict", "Popen"):
         config["_lk_backbones"]["class"] = name
         file.write_text(json.dumps(config))
-        with pytest.raises(lk_hub.WeightsError, match=rf"is of a task '{name}', which this version of lk_backbones lacks"):
+        with pytest.raises(
+            lk_hub.WeightsError, match=rf"is of a task '{name}', which this version of lk_backbones lacks"
+        ):
             lk_hub.load_model(folder)
 
 

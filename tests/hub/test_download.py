@@ -129,7 +129,10 @@ def test_a_cut_connection_is_resumed(hub: LoopbackHub, client: Path, monkeypatch
 
 
 def test_a_connection_that_is_always_cut(hub: LoopbackHub, client: Path) -> None:
-    with hub.fault(path="/cdn/", cut_after=10_000), pytest.raises(DownloadError, match=r"'model\.safetensors' of 'you/tiny'"):
+    with (
+        hub.fault(path="/cdn/", cut_after=10_000),
+        pytest.raises(DownloadError, match=r"'model\.safetensors' of 'you/tiny'"),
+    ):
         pull(SOURCE)
     nothing_wrong_is_kept(client)
     check(pull(SOURCE))
@@ -268,7 +271,9 @@ def test_two_processes_pull_the_same_file_at_once(hub: LoopbackHub, process: Cal
 
 def test_offline_mode(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DownloadError, match=r"offline mode \(HF_HUB_OFFLINE\) is on.*lk-backbones hub pull hf-hub:you/tiny"):
+    with pytest.raises(
+        DownloadError, match=r"offline mode \(HF_HUB_OFFLINE\) is on.*lk-backbones hub pull hf-hub:you/tiny"
+    ):
         pull(SOURCE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     pull(SOURCE)
@@ -289,7 +294,9 @@ def test_a_repository_without_the_usual_file_names_what_it_has(hub: LoopbackHub,
     file = tmp_path / "x.pth"
     torch.save(STATE, file)
     hub.add("you/pickles", {"x.pth": file.read_bytes(), "README.md": b""})
-    with pytest.raises(DownloadError, match=r"no model\.safetensors or pytorch_model\.bin: name one.*you/pickles/x\.pth'"):
+    with pytest.raises(
+        DownloadError, match=r"no model\.safetensors or pytorch_model\.bin: name one.*you/pickles/x\.pth'"
+    ):
         pull("hf-hub:you/pickles")
     weights = pull("hf-hub:you/pickles/x.pth")
     assert torch.equal(weights.state_dict["a.weight"], STATE["a.weight"])
@@ -310,7 +317,10 @@ def test_a_mirror_is_checked_by_the_digits_in_its_name(hub: LoopbackHub, tmp_pat
         fetch_url(url, digits)
     with hub.fault(path="/mirror/", cut_after=10), pytest.raises(DownloadError, match="arrived damaged"):
         fetch_url(url, digits)
-    with hub.fault(path="/mirror/", status=503), pytest.raises(DownloadError, match=r"cannot be fetched \(HTTP Error 503"):
+    with (
+        hub.fault(path="/mirror/", status=503),
+        pytest.raises(DownloadError, match=r"cannot be fetched \(HTTP Error 503"),
+    ):
         fetch_url(url, digits)
     assert list((tmp_path / "torch").rglob("*.pth*")) == []
     assert fetch_url(url, digits).read_bytes() == content

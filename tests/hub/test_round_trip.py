@@ -1,4 +1,4 @@
-"""Push to the Hub, pull in a fresh process with an empty cache through timm, smp and ours: the same outputs bit for bit."""
+"""Push to the Hub, pull in a fresh process with an empty cache through timm, smp and ours: the same bit for bit."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_bit_for_bit_in_a_fresh_process(hub: LoopbackHub, process: Callable, tmp
             levels = model.forward_intermediates(x, intermediates_only=True)
             expected |= {f"{name} {way}": model(x) for way in ("timm", "ours", "load_weights")}
             expected |= {f"{name} {way} {i}": f for way in ("timm features", "smp") for i, f in enumerate(levels)}
-        unet = randomize_norms(smp.UPerNet("tu-replknet_31n", encoder_weights=None, classes=3, **KERNELS)).eval()
+        unet = randomize_norms(
+            smp.UPerNet("tu-replknet_31n", encoder_weights=None, decoder_channels=16, **KERNELS)
+        ).eval()
         lk_hub.push(unet, "you/model")
         expected |= {"model smp": unet(x), "model ours": unet(x)}
 
@@ -95,7 +97,10 @@ def test_bit_for_bit_in_a_fresh_process(hub: LoopbackHub, process: Callable, tmp
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         trainer.strategy.connect(task)
         trainer.save_checkpoint(tmp_path / "task.ckpt")
-        assert lk_hub.push(tmp_path / "task.ckpt", "you/task") == f"hf-hub:you/task@{hub.repositories['you/task'].refs['main']}"
+        assert (
+            lk_hub.push(tmp_path / "task.ckpt", "you/task")
+            == f"hf-hub:you/task@{hub.repositories['you/task'].refs['main']}"
+        )
         expected |= {"task ours": task(x), "task smp": task(x)}
         expected["task auxiliary"] = task.auxiliary_head(task.encoder(task.normalize(x))[4])
 
@@ -165,7 +170,10 @@ def test_an_encoder_can_be_a_repository(hub: LoopbackHub) -> None:
     assert task.hparams["encoder"] == "tu-replknet_31n"
     assert task.hparams["encoder_kwargs"]["kernel_sizes"] == 7
     assert task.hparams["encoder_weights"] == f"hf-hub:you/encoder@{commit}"
-    assert torch.equal(task.encoder.model.stem_0.conv.weight, make_task(encoder_weights="hf-hub:you/encoder").encoder.model.stem_0.conv.weight)
+    assert torch.equal(
+        task.encoder.model.stem_0.conv.weight,
+        make_task(encoder_weights="hf-hub:you/encoder").encoder.model.stem_0.conv.weight,
+    )
 
 
 def test_a_namespace_comes_first(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,10 @@ def test_understood(arguments, expected) -> None:
         (("tu-convnext_ato", None), "unknown encoder 'tu-convnext_ato'; did you mean 'convnext_atto'"),
         (("resnet18", None, {"drop_path_rate": 0.1}), r"\['drop_path_rate'\] would be dropped.*'tu-resnet18'"),
         (("resnet18", "imagenett"), r"smp has no weights 'imagenett' for 'resnet18'.*did you mean 'imagenet'"),
-        (("tu-resnet18", "a1_in2k"), "'a1_in2k' is neither a Hub repository.*, a local file nor weights of 'tu-resnet18'.*'a1_in1k'"),
+        (
+            ("tu-resnet18", "a1_in2k"),
+            "'a1_in2k' is neither a Hub repository.*, a local file nor weights of 'tu-resnet18'.*'a1_in1k'",
+        ),
         (("tu-resnet18.a1_in1k", "a2_in1k"), "neither a Hub repository.*nor weights of 'tu-resnet18.a1_in1k'"),
         (("replknet_31n", True), "nobody published weights for 'replknet_31n'"),
     ],

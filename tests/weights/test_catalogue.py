@@ -126,7 +126,9 @@ def test_the_list_shows_where_everything_is(capsys: pytest.CaptureFixture[str]) 
     for published in list_published():
         assert published.name in out
     assert re.search(r"replknet_31b\.in1k +1K +83\.5 +224 +mit +mirror", out)
-    assert re.search(r"unireplknet_xl\.in22k_ft_in1k_384 +22K → 1K +88\.0 +384 +apache-2\.0 +DingXiaoH/UniRepLKNet", out)
+    assert re.search(
+        r"unireplknet_xl\.in22k_ft_in1k_384 +22K → 1K +88\.0 +384 +apache-2\.0 +DingXiaoH/UniRepLKNet", out
+    )
     assert re.search(r"slak_tiny\.in1k +1K +82\.5 +224 +mit +drive\*", out)
     main(["hub", "list", "*slak*", "--task", "segmentation"])
     assert "unireplknet" not in capsys.readouterr().out
