@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import lk_backbones
-from lk_backbones.cli import models, training
+from lk_backbones.cli import hub, models, training
 
 __all__ = ["main"]
 
@@ -23,6 +23,8 @@ Large-kernel ConvNets for segmentation.
   predict   label maps and overlays for a folder of pictures:
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
   models    list the encoders: name, parameters, kernel sizes, weights
+  hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
+  convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
 override them (--model.inference slide). LK_BACKBONES_TRACEBACK=1 shows where an error comes from.
@@ -45,9 +47,13 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if args[0] == "models":
             models.run(args[1:])
+        elif args[0] == "hub":
+            hub.run(args[1:])
+        elif args[0] == "convert":
+            hub.convert(args[1:])
         else:
             training.run(args)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
         # What these say is meant for the user; the way to them is not.
         if os.environ.get("LK_BACKBONES_TRACEBACK"):
             raise

@@ -554,6 +554,7 @@ default_cfgs = generate_default_cfgs(
             _MIRROR + "31B_in21k-pre_3rdparty_in1k-384px_20221118-76c92b24.pth", **_384
         ),
         "replknet_31b.in22k": _cfg(num_classes=21841),
+        "replknet_31b.in1k_120ep": _cfg(),
         "replknet_31l.in22k_ft_in1k_384": _cfg(
             _MIRROR + "31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c.pth", **_384
         ),
@@ -562,12 +563,12 @@ default_cfgs = generate_default_cfgs(
             _MIRROR + "XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth", **_XL
         ),
         "replknet_xl.meg73m": _cfg(num_classes=0, **_XL),
-        # Nobody published weights for these.
+        # Nobody published weights for these, but for one of 120 epochs, of which the paper shows the receptive field.
         "replknet_31n.untrained": _cfg(),
         "replknet_31t.untrained": _cfg(),
         "replknet_3b.untrained": _cfg(),
         "replknet_7b.untrained": _cfg(),
-        "replknet_13b.untrained": _cfg(),
+        "replknet_13b.in1k_120ep": _cfg(),
         "replknet_25b.untrained": _cfg(),
     }
 )

@@ -7,16 +7,20 @@ them for encoders of its own.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 
 from lk_backbones.encoders.registry import list_encoders
+from lk_backbones.encoders.timm_names import family_filter, timm_model, timm_names
+from lk_backbones.weights.catalogue import find_published, list_published
+from lk_backbones.weights.download import fetch_from_hub
+from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.sources import NAMESPACE_VARIABLE, default_namespace, split_hub_id
 
 __all__ = ["LargeKernelEncoder", "register_with_smp"]
 
@@ -52,45 +56,84 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
         return super().load_state_dict(state_dict, **kwargs)
 
     def _from_timm(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Rename timm's keys to those of timm's feature extractor, which flattens ``stem.0`` to ``stem_0``."""
-        with torch.device("meta"):
-            model: Any = timm.create_model(self.name, num_classes=0)
-        filter_fn = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
-        if filter_fn is not None:
-            state_dict = filter_fn(state_dict, model)
-        own, unused = set(self.state_dict()), set(model.state_dict())
+        """Rename timm's or the published keys to those of timm's feature extractor."""
+        model: Any = timm_model(self)
+        state_dict = family_filter(model)(state_dict, model)
+        names = {full_name: name for name, full_name in timm_names(self, model).items()}
+        unused = set(model.state_dict()) - names.keys()
         classifier = model.pretrained_cfg["classifier"]
-        out = {}
-        for key, value in state_dict.items():
-            candidates = (f"model.{key}", f"model.{key.replace('.', '_', 1)}")
-            name = next((candidate for candidate in candidates if candidate in own), None)
-            if name is not None:
-                out[name] = value
-            elif key not in unused and not key.startswith(f"{classifier}."):
-                out[key] = value  # unknown: let the strict load name it
-        return out
+        return {
+            names.get(key, key): value  # an unknown key stays: the strict load names it
+            for key, value in state_dict.items()
+            if key not in unused and not (key.startswith(f"{classifier}.") and key not in names)
+        }
 
 
-class _NoHubWeights(dict):
-    """Settings of weights that smp cannot fetch; smp finds the key and, on reading it, the user learns what to do."""
+class _PretrainedSettings(Mapping[str, dict[str, Any]]):
+    """smp's table of an encoder's weights: ``encoder_weights`` to repository and revision.
+
+    It has the key ``"imagenet"``, which is smp's default, one for every published tag, and any ``hf-hub:owner/name``.
+    Looking one up fetches and verifies the files, so that smp then finds them in the cache, or says what to do instead.
+    """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
         self.name = name
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _NoHubWeights:
+    def __iter__(self) -> Iterator[str]:
+        yield "imagenet"
+        yield from (w.name.partition(".")[2] for w in list_published(f"{self.name}.*"))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(iter(self)) or str(key).startswith("hf-hub:")
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        if key not in self:
+            raise KeyError(key)
+        return _RepositorySettings(self.name, key)
+
+
+class _RepositorySettings(dict[str, Any]):
+    """``repo_id`` and ``revision``, found out when smp reads them: it also copies and lists what it never uses."""
+
+    def __init__(self, name: str, key: str) -> None:
+        super().__init__()
+        self.name, self.key = name, key
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RepositorySettings:
         return self
 
-    def __missing__(self, key: str) -> NoReturn:
-        tags = timm.list_pretrained(f"{self.name}.*")
-        hint = (
-            f"smp.create_model(arch, encoder_name='tu-{tags[0]}', encoder_weights=True) downloads a mirrored copy"
-            if tags
-            else "nobody published weights for it"
+    def __missing__(self, key: str) -> Any:
+        if key not in ("repo_id", "revision"):
+            raise KeyError(key)
+        repo, revision = self._repository()
+        file = fetch_from_hub(repo, "model.safetensors", revision)
+        fetch_from_hub(repo, "config.json", file.commit)
+        self.update(repo_id=repo, revision=file.commit)  # with a commit, smp's own look-up stays in the cache
+        return self[key]
+
+    def _repository(self) -> tuple[str, str | None]:
+        if self.key.startswith("hf-hub:"):
+            repo, _, revision = split_hub_id(self.key)
+            return repo, revision
+        published = find_published(self.name if self.key == "imagenet" else f"{self.name}.{self.key}")
+        namespace = default_namespace()
+        if published is not None and namespace is not None:
+            return f"{namespace}/{published.name}", None
+        advice = (
+            "nobody published weights for it"
+            if published is None
+            else (
+                f"lk_backbones.hub.load_weights(model, '{published.name}') loads them in a second step, and "
+                f"{NAMESPACE_VARIABLE} names a Hub user or organisation that mirrors them"
+            )
         )
-        raise ValueError(
+        raise WeightsError(
             f"{self.name} has no weights on the Hugging Face Hub in smp's layout (smp's default is "
-            f"encoder_weights='imagenet'). Pass encoder_weights=None for random weights; {hint}."
+            f"encoder_weights='imagenet'). Pass encoder_weights=None for random weights, or 'hf-hub:owner/name' for a "
+            f"repository that lk_backbones wrote; {advice}."
         )
 
 
@@ -102,7 +145,7 @@ def register_with_smp() -> None:
             {
                 "encoder": LargeKernelEncoder,
                 "params": {"name": name},
-                "pretrained_settings": {"imagenet": _NoHubWeights(name)},
+                "pretrained_settings": _PretrainedSettings(name),
             },
         )
 

@@ -226,5 +226,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed
 
 
-# `smp.create_model("upernet_openmmlab", ...)`; a name that smp may use one day stays smp's
+# `smp.create_model("upernet_openmmlab", ...)` and `smp.from_pretrained`, which looks for the class in smp; a name that
+# smp may use one day stays smp's
 smp.MODEL_ARCHITECTURES_MAPPING.setdefault("upernet_openmmlab", OpenMMLabUPerNet)
+if not hasattr(smp, "OpenMMLabUPerNet"):
+    smp.OpenMMLabUPerNet = OpenMMLabUPerNet

@@ -7,7 +7,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 
 from lk_backbones.heads import FCNHead
-from lk_backbones.tasks.encoder import EncoderSpec, nearest, refuse_foreign_weights
+from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights, nearest
 
 __all__ = ["AUXILIARY_LEVEL", "build_auxiliary_head", "build_model", "check_arguments"]
 
@@ -78,7 +78,7 @@ def build_model(
 
     Raises:
         ValueError: If the architecture or one of its arguments is unknown, or the encoder refuses its own.
-        RuntimeError: If the encoder's weight file does not fit.
+        WeightsError: If the encoder's weights cannot be had or do not fit.
     """
     known = smp.MODEL_ARCHITECTURES_MAPPING
     model_class = known.get(architecture.lower())
@@ -98,21 +98,20 @@ def build_model(
     if stride not in (8, 16, 32):
         raise ValueError(f"encoder_output_stride={stride} must be 8, 16 or 32")
     try:
-        with refuse_foreign_weights(spec) as built:
-            model = model_class(
-                encoder_name=spec.name,
-                encoder_weights=spec.weights,
-                in_channels=in_channels,
-                classes=num_classes,
-                **kwargs,
-                **spec.kwargs,
-            )
-            built.append(model.encoder)
+        model = model_class(
+            encoder_name=spec.name,
+            encoder_weights=spec.weights,
+            in_channels=in_channels,
+            classes=num_classes,
+            **kwargs,
+            **spec.kwargs,
+        )
     except TypeError as error:
         raise ValueError(
             f"'{architecture}' on '{spec.name}' refuses its arguments (architecture_kwargs={kwargs}, "
             f"encoder_kwargs={spec.kwargs}): {error}"
         ) from error
+    load_encoder_weights(model.encoder, spec)
     return model
 
 

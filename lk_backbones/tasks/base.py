@@ -78,7 +78,8 @@ class BaseTask(L.LightningModule):
         if self.hparams["freeze_encoder"]:
             self.encoder.requires_grad_(False).eval()
         mean, std = _mean_and_std(self.encoder, spec, self.hparams)
-        # saved with the checkpoint, so that it knows by itself how to read a picture
+        # saved with the checkpoint: by which commit it started, and how to read a picture
+        self.hparams.update(spec.saved)
         self.hparams["mean"], self.hparams["std"] = mean, std
         self.register_buffer("image_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -223,7 +224,9 @@ def _mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[
     channels = hparams["in_channels"]
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
-    if spec.is_timm:
+    if spec.preprocessing:
+        mean, std = spec.preprocessing["mean"], spec.preprocessing["std"]
+    elif spec.is_timm:
         config = getattr(encoder.model, "pretrained_cfg", None) or {}
         mean, std = config.get("mean", mean), config.get("std", std)
     elif spec.weights is not None and hparams["mean"] is None:

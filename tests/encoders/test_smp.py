@@ -104,7 +104,8 @@ def test_foreign_keys_are_refused(small_encoder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("replknet_31n", "nobody published"), ("replknet_31b", "tu-replknet_31b.in1k")]
+    ("name", "advice"),
+    [("replknet_31n", "nobody published"), ("replknet_31b", "load_weights.*replknet_31b.in1k.*LK_BACKBONES_NAMESPACE")],
 )
 def test_default_weights_say_what_to_do_instead(name: str, advice: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s){name} has no weights.*encoder_weights=None.*{advice}"):

@@ -1,0 +1,5 @@
+"""``python -m lk_backbones.cli``: the command line without its script."""
+
+from lk_backbones.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""Weights: pulled from the Hub, loaded into any of our models, pushed to the Hub.
+
+::
+
+    import segmentation_models_pytorch as smp
+    from lk_backbones import hub
+
+    model = smp.UPerNet("replknet_31b", encoder_weights=None, classes=19)
+    print(hub.load_weights(model, "replknet_31b.in1k"))  # what was loaded, what was not and why
+    hub.push(model, "you/my-model")
+
+A source is a Hub repository (``hf-hub:owner/name``, with ``@revision`` behind it to pin it), a local folder of the same
+layout, a weight file, or the name of published weights. Downloading, caching, resuming, tokens and mirrors are
+huggingface_hub's, with its own settings (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``).
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from segmentation_models_pytorch.base import SegmentationModel
+from torch import nn
+
+from lk_backbones._hub.build import build_model
+from lk_backbones._hub.layout import RepositoryInfo, write_repository
+from lk_backbones.encoders.loading import find_encoder, is_dense_model, load_encoder
+from lk_backbones.tasks.base import BaseTask
+from lk_backbones.tasks.openmmlab import openmmlab_state_dict
+from lk_backbones.weights import (
+    DownloadError,
+    LoadReport,
+    PublishedWeights,
+    WeightMismatchError,
+    Weights,
+    WeightsError,
+    list_published,
+    pull,
+)
+from lk_backbones.weights.download import explain
+from lk_backbones.weights.report import load_state
+
+__all__ = [
+    "DownloadError",
+    "LoadReport",
+    "PublishedWeights",
+    "RepositoryInfo",
+    "WeightMismatchError",
+    "Weights",
+    "WeightsError",
+    "list_published",
+    "load_model",
+    "load_weights",
+    "pull",
+    "push",
+]
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Weights,
+    strict: bool = True,
+    *,
+    revision: str | None = None,
+    namespace: str | None = None,
+) -> LoadReport:
+    """Load weights from any source into an encoder, an smp model, a detector or a task.
+
+    What the source holds is told from its keys. A whole model goes into a whole model: one of our tasks, an smp model,
+    or a checkpoint of OpenMMLab training into the task that it belongs to (`openmmlab_state_dict`). Otherwise the
+    encoder inside the source goes into the encoder inside ``model``. Published names are mapped, the first convolution
+    is adapted to other input channels, and a classifier of other classes is left alone, as timm does.
+
+    Args:
+        model: What to load into.
+        source: As for `pull`, or what `pull` returned.
+        strict: Whether every tensor of the model (or, for encoder weights, of its encoder) must be in the source and
+            the reverse. Otherwise what fits by name and shape is loaded, if it is at least half.
+        revision: Branch, tag or commit of a Hub repository.
+        namespace: As for `pull`.
+
+    Returns:
+        What was loaded, adapted, skipped and why; print it.
+
+    Raises:
+        DownloadError: If the weights cannot be fetched.
+        WeightMismatchError: If they are another model's, with the first missing, unexpected and wrongly shaped keys and
+            the name of a registered encoder that they do fit.
+        WeightsError: If the source is damaged, dangerous or no weights.
+        FileNotFoundError: If a file or folder does not exist.
+    """
+    weights = source if isinstance(source, Weights) else pull(source, revision, namespace=namespace)
+    state = _whole_model_state(model, weights)
+    if state is None:
+        kwargs = model.hparams["encoder_kwargs"] or {} if isinstance(model, BaseTask) else None
+        return load_encoder(find_encoder(model), weights, kwargs, "strict" if strict else "partial")
+    report = LoadReport(weights.source)
+    for reason, keys in weights.skipped.items():
+        report.skip(reason, keys)
+    used = {id(value) for value in state.values()}
+    unused = [key for key, value in (weights.state_dict | weights.extra).items() if id(value) not in used]
+    report.skip("the model has no such part", unused)
+    hint = ". load_weights(model.encoder, …) takes the encoder alone" if hasattr(model, "encoder") else ""
+    load_state(model, state, report, "strict" if strict else "partial", _describe(model), lambda: hint)
+    return report
+
+
+def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor] | None:
+    """The source's tensors by the names of ``model``, if the source is a whole model as ``model`` is, else ``None``."""
+    state = weights.state_dict
+    if is_dense_model(state):
+        task = model if isinstance(model, BaseTask) else None
+        if task is None:
+            return None
+        try:
+            return openmmlab_state_dict(task, state)
+        except (KeyError, TypeError) as error:
+            raise WeightMismatchError(
+                f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(model)}: "
+                f"{error.args[0]}. load_weights(model.encoder, …) takes its backbone alone"
+            ) from error
+    if isinstance(model, BaseTask):
+        if any(key.startswith("model.encoder.") for key in state):
+            return dict(state)
+        if _is_smp_model(state):
+            return {f"model.{key}": value for key, value in state.items()} | weights.extra
+    elif isinstance(model, SegmentationModel):
+        if _is_smp_model(state):
+            return dict(state)
+        inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        if _is_smp_model(inner):
+            return inner
+    elif model.state_dict().keys() == state.keys() and find_encoder(model) is not model:  # such as a detector
+        return dict(state)
+    return None
+
+
+def _is_smp_model(state: Mapping[str, torch.Tensor]) -> bool:
+    return any(key.startswith("encoder.") for key in state) and any(
+        key.startswith(("decoder.", "segmentation_head.")) for key in state
+    )
+
+
+def _describe(model: nn.Module) -> str:
+    if isinstance(model, BaseTask):
+        described = {k: model.hparams[k] for k in ("architecture", "encoder", "num_classes") if k in model.hparams}
+        return f"{type(model).__name__}({described})"
+    return type(model).__name__
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    namespace: str | None = None,
+) -> nn.Module:
+    """Build the model that a source describes, with its weights: an encoder, an smp model or a task.
+
+    Args:
+        source: As for `pull`: a repository that `push` or timm wrote, a folder of that layout, a checkpoint of one of
+            our tasks, or a published file, whose model is told from its names and shapes.
+        revision: Branch, tag or commit of a Hub repository.
+        namespace: As for `pull`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        WeightsError: If the weights cannot be had, or do not say what model they are of.
+    """
+    weights = pull(source, revision, namespace=namespace)
+    model = build_model(weights)
+    load_weights(model, weights)
+    return model.eval()
+
+
+def push(
+    model: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    info: RepositoryInfo | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload weights with lk_backbones",
+    report: list[LoadReport] | None = None,
+) -> str:
+    """Publish a model as a Hub repository that timm, smp and this package load alike.
+
+    The layout is ``model.safetensors``, ``config.json`` and a model card. An encoder loads with
+    ``timm.create_model("hf-hub:…", pretrained=True)`` and ``encoder_weights="hf-hub:…"``, an smp model and the network
+    of a segmentation task with ``smp.from_pretrained``, and everything with `load_model`.
+
+    Args:
+        model: A timm model or smp encoder, an smp model, a task, or a source that `load_model` understands, such as a
+            checkpoint or a published file.
+        repo_id: ``owner/name``; created if it does not exist.
+        info: What the model card says beside what the model itself tells.
+        folder: Where to keep the files; by default a temporary folder, and with ``dry_run`` one called like the
+            repository.
+        dry_run: Only write the folder.
+        private: Whether a new repository is private; ``None`` for the owner's default.
+        revision: Branch to commit to.
+        commit_message: Message of the commit.
+        report: A list that gets what `load_weights` reported, if ``model`` is a source.
+
+    Returns:
+        ``hf-hub:owner/name@commit``, or with ``dry_run`` the folder.
+
+    Raises:
+        DownloadError: If the Hub refuses or cannot be reached; for instance for want of a token that may write.
+        WeightsError: If the model is of no kind that can be published.
+        FileExistsError: If ``folder`` exists and holds anything else than an earlier such repository.
+    """
+    weights = None
+    info = info or RepositoryInfo()
+    if not isinstance(model, nn.Module):
+        weights = pull(model)
+        model = build_model(weights, info.model, info.model_kwargs)
+        loaded = load_weights(model, weights)
+        if report is not None:
+            report.append(loaded)
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / "repository"
+        write_repository(model, written, repo_id, info, weights)
+        if dry_run or folder is not None:
+            target = Path(folder if folder is not None else repo_id.rpartition("/")[2])
+            _replace(written, target)
+            written = target
+        if dry_run:
+            return str(written)
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=written, revision=revision, commit_message=commit_message
+            )
+        except Exception as error:
+            raise explain(error, repo_id, revision=revision, right="write") from error
+    return f"hf-hub:{repo_id}@{commit.oid}"
+
+
+def _replace(written: Path, target: Path) -> None:
+    """Move a finished folder to its place; an earlier one of the same kind gives way."""
+    if target.exists():
+        foreign = {path.name for path in target.iterdir()} - {path.name for path in written.iterdir()}
+        if not target.is_dir() or foreign:
+            raise FileExistsError(
+                f"'{target}' exists and holds other files ({sorted(foreign)[:3]}): choose another one"
+            )
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(written, partial := target.with_name(f".{target.name}.partial"), dirs_exist_ok=True)
+    partial.rename(target)

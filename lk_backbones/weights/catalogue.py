@@ -1,0 +1,128 @@
+"""Every published weight of every large-kernel family, whether or not its family is built in yet.
+
+The data is `catalogue.json`, from the authors' READMEs and OpenMMLab's metafile; accuracies are the authors' own. What
+is not known (a checksum, the name of a file on a drive) is left out rather than guessed.
+"""
+
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from lk_backbones.weights.download import url_cache
+from lk_backbones.weights.files import sha256_of
+
+__all__ = ["PublishedWeights", "find_published", "identify_published", "list_published"]
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One published weight file.
+
+    Attributes:
+        name: ``architecture.tag``, such as ``replknet_31b.in1k`` or ``upernet_replknet_31b.in1k_ade20k_512``.
+        family: Name of the model family, such as ``RepLKNet``.
+        task: ``"classification"``, ``"segmentation"`` or ``"detection"``.
+        data: What it was trained on.
+        input_size: Height and width of the pictures it was trained and measured at, in pixels; ``None`` if they vary.
+        mean: Mean of the three colour channels that it expects, in [0, 1].
+        std: Standard deviation, likewise.
+        license: SPDX identifier.
+        metrics: What its authors report, in percent: ``top1``, ``mean_iou`` (single-scale), ``box_ap`` and so on.
+        page: The authors' page.
+        paper: Title.
+        arxiv: Identifier of the paper.
+        authors: Authors of the paper.
+        year: Year of the paper.
+        link: Page of the file on a file-sharing drive, for a browser.
+        file: Its name as published, if known.
+        hub: Hub repository of the authors that holds it, if any.
+        revision: Commit of that repository, if known.
+        url: HTTP mirror, if any.
+        sha256: Checksum of the mirror's or Hub's file, or its first digits, if known.
+    """
+
+    name: str
+    family: str
+    task: str
+    data: str
+    input_size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    license: str
+    page: str
+    paper: str
+    arxiv: str
+    authors: str
+    year: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    link: str | None = None
+    file: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The name without its tag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def place(self) -> str:
+        """Where it can be fetched from: ``"hub"``, ``"mirror"``, or ``"drive"`` for a browser only."""
+        return "hub" if self.hub and self.file else "mirror" if self.url else "drive"
+
+    def cached_file(self, namespace: str | None = None) -> Path | None:
+        """The file in the local cache, from the namespace's repository or from where it was published."""
+        candidates: list[Any] = []
+        if namespace:
+            candidates.append(try_to_load_from_cache(f"{namespace}/{self.name}", "model.safetensors"))
+        if self.hub and self.file:
+            candidates.append(try_to_load_from_cache(self.hub, self.file, revision=self.revision))
+        if self.url and url_cache(self.url).is_file():
+            candidates.append(url_cache(self.url))
+        return next((Path(file) for file in candidates if isinstance(file, str | Path)), None)
+
+
+@cache
+def _catalogue() -> dict[str, PublishedWeights]:
+    content = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
+    entries = {}
+    for row in content["weights"]:
+        values = content["families"][row["family"]] | row
+        values |= {key: tuple(values[key]) for key in ("mean", "std")}
+        entries[row["name"]] = PublishedWeights(**values)
+    return entries
+
+
+def list_published(pattern: str = "*", task: str | None = None) -> list[PublishedWeights]:
+    """Published weights, in the order of the families.
+
+    Args:
+        pattern: Shell-style pattern of names, such as ``"*replknet_31b*"``.
+        task: ``"classification"``, ``"segmentation"``, ``"detection"``, or ``None`` for all.
+
+    Returns:
+        Those that match.
+    """
+    return [w for w in _catalogue().values() if fnmatch(w.name, pattern) and task in (None, w.task)]
+
+
+def find_published(name: str) -> PublishedWeights | None:
+    """Published weights by name; an architecture alone means its first weights."""
+    published = _catalogue().get(name)
+    return published or next((w for w in _catalogue().values() if w.architecture == name), None)
+
+
+def identify_published(file: Path) -> PublishedWeights | None:
+    """Published weights that a file is, by its name as published or by its checksum."""
+    names = {name: w for w in _catalogue().values() for name in (w.file, w.url and w.url.rpartition("/")[2]) if name}
+    if file.name in names:
+        return names[file.name]
+    digest = sha256_of(file)
+    return next((w for w in _catalogue().values() if w.sha256 and digest.startswith(w.sha256)), None)

@@ -1,0 +1,24 @@
+"""What can go wrong with weights, each as one error that says what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["DownloadError", "WeightMismatchError", "WeightsError", "nearest"]
+
+
+class WeightsError(ValueError):
+    """A weight file or source that cannot be used; the message names it and says what to do."""
+
+
+class DownloadError(WeightsError):
+    """A file that could not be fetched, or not whole."""
+
+
+class WeightMismatchError(WeightsError, RuntimeError):
+    """Weights of another model; also a `RuntimeError`, as torch raises for the same reason."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error message: names that resemble a wrong one."""
+    close = difflib.get_close_matches(name.lower(), list(candidates), n=4, cutoff=0.5)
+    return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""

@@ -1,0 +1,113 @@
+"""What became of every tensor: loaded, adapted, skipped and why, or left as it was."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lk_backbones.weights.errors import WeightMismatchError
+
+__all__ = ["LoadReport", "Mode", "load_state"]
+
+# strict: every tensor of the model must be in the file, and the reverse.
+# lenient: a few missing or unknown tensors are reported; a wrong shape is an error.
+# partial: what fits is loaded, if that is at least half of the model.
+Mode = Literal["strict", "lenient", "partial"]
+
+
+@dataclass
+class LoadReport:
+    """The result of loading weights; printing it gives a summary.
+
+    Attributes:
+        source: Where the weights came from, with the commit if it is a Hub repository.
+        loaded: Keys of the model that were loaded.
+        adapted: What was changed to fit, such as the first convolution for other input channels.
+        skipped: Reason to the file's keys that were not used.
+        missing: Keys of the model that the file lacks; they keep their values.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, keys: Iterable[str]) -> None:
+        """Note keys of the file that are not used."""
+        keys = list(keys)
+        if keys:
+            self.skipped.setdefault(reason, []).extend(keys)
+
+    def __str__(self) -> str:
+        """One line for what was loaded, one for each thing that deserves a look."""
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        lines += [f"  adapted: {text}" for text in self.adapted]
+        lines += [f"  skipped: {_some(keys)}: {reason}" for reason, keys in self.skipped.items()]
+        if self.missing:
+            lines.append(f"  not in the file, left as they were: {_some(self.missing)}")
+        return "\n".join(lines)
+
+
+def _some(keys: list[str]) -> str:
+    keys = sorted(keys, key=lambda key: key.endswith("num_batches_tracked"))  # what matters first
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    report: LoadReport,
+    mode: Mode,
+    what: str,
+    hint: Any = None,
+    keep: Iterable[str] = (),
+) -> None:
+    """Load tensors that already have the module's names, and account for every one.
+
+    Args:
+        module: What to load into.
+        state: Tensors by the module's names.
+        report: Gets ``loaded``, ``skipped`` and ``missing``.
+        mode: How much may be missing.
+        what: The model's name, for the error.
+        hint: Called without arguments for the end of the error message.
+        keep: Keys that keep their values without being counted as missing, such as those of a new classifier.
+
+    Raises:
+        WeightMismatchError: If the weights are another model's, with the first missing, unexpected and wrongly shaped
+            keys.
+    """
+    own, keep = module.state_dict(), set(keep)
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    wanted = [key for key in own if key not in counters and key not in keep]
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
+    misshapen = [key for key in own if key in state and state[key].shape != own[key].shape]
+
+    fits = len(wanted) - len(missing) - len(misshapen)
+    refused = misshapen and mode != "partial"
+    refused = refused or ((missing or unexpected) and mode == "strict") or 2 * fits < len(wanted)
+    if refused:
+        parts = {
+            "missing in the file": missing,
+            "unexpected": unexpected,
+            "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen],
+        }
+        listed = "; ".join(f"{len(keys)} {kind}, first {keys[:5]}" for kind, keys in parts.items() if keys)
+        raise WeightMismatchError(
+            f"'{report.source}' does not hold weights of {what}: {listed}{hint() if hint is not None else ''}"
+        )
+
+    usable = {key: value for key, value in state.items() if key in own and key not in misshapen}
+    nn.Module.load_state_dict(module, usable, strict=False)  # the keys are final: no renaming of a subclass
+    report.loaded += usable
+    report.missing += missing
+    report.skip("unknown to the model", unexpected)
+    report.skip("of another shape than in the model, which keeps its own", misshapen)
+    report.skip(
+        "a batch counter that the model has no use for",
+        [key for key in state if key not in own and key.endswith("num_batches_tracked")],
+    )
