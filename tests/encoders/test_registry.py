@@ -177,3 +177,14 @@ def test_script_trace_and_compile(small_encoder: str) -> None:
             torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_format_is_decided_once(small_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "direct")  # Fourier transforms have a format of their own
+    model = lk_backbones.reparameterize(timm.create_model(small_encoder))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profiler:
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in maps)
+    copied = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::clone"]
+    assert [shape for shape in copied if shape[0] == len(x)] == [list(x.shape)]  # kernels are copied, maps are not
