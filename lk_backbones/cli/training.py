@@ -139,7 +139,3 @@ def _pictures(args: list[str]) -> list[str]:
         elif not arg.startswith("--pictures="):
             rest.append(arg)
     return [args[0], "--data", "PictureFolderDataModule", "--data.folder", folder, *rest]
-
-
-if __name__ == "__main__":
-    main()

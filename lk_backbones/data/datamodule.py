@@ -181,14 +181,12 @@ class ImageDataModule(LightningDataModule, ABC):
             FileNotFoundError: Folders or files are missing.
             ValueError: Files are unusable. Both name the file or folder and say what would be right.
         """
-        needed: dict[str | None, list[Split]] = {
-            "fit": ["train", "val"],
-            "validate": ["val"],
-            "test": [self.test_split],
-            "predict": [self.predict_split],
-            None: ["train", "val", self.test_split, self.predict_split],
-        }
-        for split in needed[stage]:
+        splits: list[Split] = {"fit": ["train", "val"], "validate": ["val"], None: ["train", "val"]}.get(stage, [])
+        if stage in ("test", None):
+            splits.append(self.test_split)
+        if stage in ("predict", None):
+            splits.append(self.predict_split)
+        for split in splits:
             if split not in self._datasets:
                 dataset = self.make_dataset(split)
                 if world()[1] == 0:
