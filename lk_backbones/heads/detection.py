@@ -3,39 +3,24 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
-from lk_backbones.heads import fcos
+from lk_backbones.heads import cascade, fcos
+from lk_backbones.heads.cascade import CascadeRCNN
 from lk_backbones.heads.fcos import FCOS
-from lk_backbones.heads.protocol import Detector, FullPrecisionOutputs
+from lk_backbones.heads.predictors import BoxPredictor, MaskPredictor, RetinaNetHead, RPNHead
+from lk_backbones.heads.protocol import Detector
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PyramidAnchorGenerator, PyramidRoIAlign
 
 __all__ = ["DETECTORS", "build_detector", "published_state_dict"]
-
-
-class _RPNHead(FullPrecisionOutputs, RPNHead):
-    """torchvision's, with float32 outputs under autocast."""
-
-
-class _BoxPredictor(FullPrecisionOutputs, FastRCNNPredictor):
-    """torchvision's, with float32 outputs under autocast."""
-
-
-class _MaskPredictor(FullPrecisionOutputs, MaskRCNNPredictor):
-    """torchvision's, with float32 outputs under autocast."""
-
-
-class _RetinaNetHead(FullPrecisionOutputs, RetinaNetHead):
-    """torchvision's, with float32 outputs under autocast."""
 
 
 class _FasterRCNN(Detector, detection.FasterRCNN):
@@ -85,21 +70,17 @@ def _faster_rcnn(
         kwargs |= {
             "mask_roi_pool": PyramidRoIAlign(strides[:4], 14, sampling_ratio=2, aligned=False),
             "mask_head": MaskRCNNHeads(width, [mask_head_channels] * mask_head_convs, 1),
-            "mask_predictor": _MaskPredictor(mask_head_channels, mask_head_channels, num_classes + 1),
+            "mask_predictor": MaskPredictor(mask_head_channels, mask_head_channels, num_classes + 1),
         }
     return (_MaskRCNN if masks else _FasterRCNN)(
         backbone,
         rpn_anchor_generator=anchors,
-        rpn_head=_RPNHead(width, anchors.num_anchors_per_location()[0]),
+        rpn_head=RPNHead(width, anchors.num_anchors_per_location()[0]),
         box_roi_pool=PyramidRoIAlign(strides[:4], 7, sampling_ratio=2, aligned=False),
         box_head=box_head,
-        box_predictor=_BoxPredictor(box_head_fc_channels, num_classes + 1),
+        box_predictor=BoxPredictor(box_head_fc_channels, num_classes + 1),
         **kwargs,
     )
-
-
-def _mask_rcnn(backbone: EncoderPyramid, num_classes: int, **kwargs: Any) -> Detector:
-    return _faster_rcnn(backbone, num_classes, masks=True, **kwargs)
 
 
 # three sizes per octave (RetinaNet paper, section 4), whole as in torchvision
@@ -117,7 +98,7 @@ def _retinanet(
     **kwargs: Any,
 ) -> Detector:
     anchors = PyramidAnchorGenerator(backbone.strides, anchor_sizes, anchor_ratios)
-    head = _RetinaNetHead(
+    head = RetinaNetHead(
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         num_classes,
@@ -131,7 +112,9 @@ def _retinanet(
 # Name -> what builds it, and the classes whose arguments it takes.
 _BUILDERS: dict[str, tuple[Callable[..., Detector], tuple[Callable[..., Any], ...]]] = {
     "faster_rcnn": (_faster_rcnn, (_faster_rcnn, detection.FasterRCNN)),
-    "mask_rcnn": (_mask_rcnn, (_faster_rcnn, detection.MaskRCNN)),
+    "mask_rcnn": (partial(_faster_rcnn, masks=True), (_faster_rcnn, detection.MaskRCNN)),
+    "cascade_rcnn": (CascadeRCNN, (CascadeRCNN,)),
+    "cascade_mask_rcnn": (partial(CascadeRCNN, masks=True), (CascadeRCNN,)),
     "fcos": (FCOS, (FCOS,)),
     "retinanet": (_retinanet, (_retinanet, detection.RetinaNet)),
 }
@@ -231,6 +214,8 @@ def published_state_dict(detector: nn.Module, state_dict: Mapping[str, torch.Ten
         ValueError: If no weights were published for the detector's architecture.
         KeyError: If a key belongs to no part of the published detector.
     """
+    if isinstance(detector, CascadeRCNN):
+        return cascade.checkpoint_filter_fn(state_dict, detector)
     if isinstance(detector, FCOS):
         return fcos.checkpoint_filter_fn(state_dict, detector)
     raise ValueError(f"no published weights are known for a {type(detector).__name__}")
