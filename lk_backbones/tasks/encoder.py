@@ -22,7 +22,15 @@ from torch import nn
 
 from lk_backbones.encoders import list_encoders
 
-__all__ = ["EncoderSpec", "nearest", "refuse_foreign_weights", "resolve_encoder", "timm_model", "timm_names"]
+__all__ = [
+    "EncoderSpec",
+    "build_encoder",
+    "nearest",
+    "refuse_foreign_weights",
+    "resolve_encoder",
+    "timm_model",
+    "timm_names",
+]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _REMOTE = ("hf-hub:", "local-dir:")
@@ -270,6 +278,31 @@ def refuse_foreign_weights(spec: EncoderSpec) -> Iterator[list[nn.Module]]:
         )
     if missing:
         rank_zero_warn(f"'{spec.file}' lacks {len(missing)} tensors of '{spec.name}', left random: {missing[:5]} …")
+
+
+def build_encoder(spec: EncoderSpec, in_channels: int) -> nn.Module:
+    """Build an encoder on its own, of full depth.
+
+    Args:
+        spec: The encoder.
+        in_channels: Channels of the images.
+
+    Returns:
+        The smp encoder.
+
+    Raises:
+        ValueError: If the encoder refuses its arguments.
+        RuntimeError: If its weight file does not fit.
+    """
+    try:
+        with refuse_foreign_weights(spec) as built:
+            encoder: nn.Module = smp.encoders.get_encoder(
+                spec.name, in_channels=in_channels, depth=5, weights=spec.weights, **spec.kwargs
+            )
+            built.append(encoder)
+    except TypeError as error:
+        raise ValueError(f"'{spec.name}' refuses its arguments (encoder_kwargs={spec.kwargs}): {error}") from error
+    return encoder
 
 
 class _MissingKeys(logging.Handler):
