@@ -4,28 +4,16 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from lk_backbones.heads.cascade import CascadeRCNN, checkpoint_filter_fn
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import paste_masks
 from tests.conftest import FIXTURES, assert_golden, load_golden
+from tests.heads.conftest import Maps
 
 TOLERANCE = 1e-4  # of the largest value, as the fixtures' authors state it
 PIXELS = 1e-2  # for boxes
-
-
-class Maps(nn.Module):
-    """Stands in for an encoder: returns given maps, whatever the image."""
-
-    def __init__(self, widths, maps=()):
-        super().__init__()
-        self.out_channels = [3, 0, *widths]
-        self.maps = list(maps)
-
-    def forward(self, x):
-        return [x, x, *self.maps]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +50,16 @@ IMAGES = ImageList(torch.empty(1, 3, 128, 160), [(120, 150)])
 
 
 @torch.no_grad()
-def test_pyramid_and_proposals(golden, model, features):
+def test_pyramid_and_proposals(golden, model, features, monkeypatch):
+    scores = []
+    choose = model.rpn.filter_proposals
+
+    def keep_scores(*args):
+        boxes, found = choose(*args)
+        scores.extend(found)
+        return boxes, found
+
+    monkeypatch.setattr(model.rpn, "filter_proposals", keep_scores)
     expected = golden["output"]
     for i, feature in enumerate(features.values()):
         assert_golden(feature, expected[f"fpn.{i}"], TOLERANCE)
@@ -73,6 +70,7 @@ def test_pyramid_and_proposals(golden, model, features):
     (proposals,), _ = model.rpn(IMAGES, features)
     assert proposals.shape == expected["proposals"].shape
     assert (proposals - expected["proposals"]).abs().max() <= PIXELS
+    assert_golden(scores[0], expected["proposal_scores"], TOLERANCE)
 
 
 @torch.no_grad()
