@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 from torchmetrics.detection import MeanAveragePrecision
@@ -64,7 +65,17 @@ class DetectionMetrics(MeanAveragePrecision):
         require_coco_tools()
         backend = backend or ("faster_coco_eval" if find_spec("faster_coco_eval") else "pycocotools")
         iou_type: Any = ("bbox", "segm") if masks else "bbox"
-        super().__init__(iou_type=iou_type, extended_summary=per_class, average="macro", backend=backend, **kwargs)
+        super().__init__(
+            iou_type=iou_type,
+            # in double precision: by default torchmetrics' thresholds are float32, so that recalls such as 7/10 fall on
+            # the other side of them than in pycocotools, and AP differs in the fourth digit
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            extended_summary=per_class,
+            average="macro",
+            backend=backend,
+            **kwargs,
+        )
         self.masks = masks
         self.per_class = per_class
         self.add_state("image_ids", default=[], dist_reduce_fx=None)
