@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -165,15 +165,15 @@ def build_detector(
         ValueError: If a name is unknown, or an argument does not fit.
     """
     if architecture not in _BUILDERS:
-        raise ValueError(f"unknown detector '{architecture}', there are {', '.join(DETECTORS)}")
+        raise ValueError(
+            f"unknown detector '{architecture}'{_nearest(architecture, DETECTORS)}; there are {', '.join(DETECTORS)}"
+        )
     builder, sources = _BUILDERS[architecture]
     known = {name for source in sources for name in inspect.signature(source).parameters} - _RESERVED
     known |= {"fpn_channels", "fpn_batch_norm"}
     for name in kwargs:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-            hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-            raise ValueError(f"'{architecture}' has no argument '{name}', only {sorted(known)}{hint}")
+            raise ValueError(f"'{architecture}' has no argument '{name}', only {sorted(known)}{_nearest(name, known)}")
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1 (background does not count)")
     channels = getattr(encoder, "_in_channels", len(mean))
@@ -199,6 +199,11 @@ def build_detector(
     return detector
 
 
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
 def published_state_dict(detector: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename everything but the backbone of an OpenMMLab detector to the keys of a detector built here.
 
@@ -218,4 +223,6 @@ def published_state_dict(detector: nn.Module, state_dict: Mapping[str, torch.Ten
         return cascade.checkpoint_filter_fn(state_dict, detector)
     if isinstance(detector, FCOS):
         return fcos.checkpoint_filter_fn(state_dict, detector)
-    raise ValueError(f"no published weights are known for a {type(detector).__name__}")
+    raise ValueError(
+        f"weights are published for Cascade R-CNN and FCOS only, not for {type(detector).__name__.removeprefix('_')}"
+    )

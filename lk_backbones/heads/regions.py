@@ -202,8 +202,7 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int])
     """
     height, width = size
     pasted = masks.new_zeros(len(masks), height, width)
-    for mask, box, canvas in zip(masks, boxes.tolist(), pasted, strict=True):
-        x0, y0, x1, y1 = box
+    for i, (mask, (x0, y0, x1, y1)) in enumerate(zip(masks, boxes.tolist(), strict=True)):
         if x1 <= x0 or y1 <= y0:
             continue
         # half a pixel of the mask beyond its box it has faded to 0; nothing is computed further out
@@ -215,5 +214,5 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int])
         x = (torch.arange(left, right, device=mask.device, dtype=mask.dtype) + 0.5 - x0) / (x1 - x0) * 2 - 1
         y = (torch.arange(top, bottom, device=mask.device, dtype=mask.dtype) + 0.5 - y0) / (y1 - y0) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        canvas[top:bottom, left:right] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+        pasted[i, top:bottom, left:right] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
     return pasted
