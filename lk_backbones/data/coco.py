@@ -29,19 +29,19 @@ class CocoDataset(DetectionDataset):
         file: The annotations.
         folder: Folder that the file's ``file_name`` is relative to.
         masks: Whether to decode masks.
-        places: Which of the file's pictures there are.
+        places: Which of the file's pictures there are, int64 `(N,)`.
         transform: See :class:`~lk_backbones.data.detection.DetectionDataset`.
         training: See :class:`~lk_backbones.data.detection.DetectionDataset`.
     """
 
     def __init__(
-        self, file: CocoFile, folder: Path, masks: bool, places: Sequence[int], transform: A.Compose, training: bool
+        self, file: CocoFile, folder: Path, masks: bool, places: np.ndarray, transform: A.Compose, training: bool
     ):
         super().__init__(transform, training)
         self.file = file
         self.folder = folder
         self.masks = masks
-        self.places = np.asarray(places, np.int64)
+        self.places = places
 
     def __len__(self) -> int:
         return len(self.places)
@@ -85,11 +85,8 @@ class CocoDataset(DetectionDataset):
         if self.masks:
             masks = np.zeros((len(annotations), *size), np.uint8)
             for mask, annotation in zip(masks, annotations, strict=True):
-                mask[:] = decode_mask(
-                    lambda annotation=annotation: f"{self.file.path}, annotation {annotation['id']}",
-                    annotation["segmentation"],
-                    *size,
-                )
+                where = f"{self.file.path}, annotation {annotation['id']}"
+                mask[:] = decode_mask(where, annotation["segmentation"], *size)
         return picture, Objects(
             boxes=boxes,
             labels=np.array([annotation["label"] for annotation in annotations], np.int64),
@@ -225,8 +222,9 @@ class CocoDataModule(DetectionDataModule):
 
     def load_classes(self) -> ClassTable:
         """Reads the categories; all files have the same, and the validation file is the smallest."""
-        present = [split for split in ("val", "test", "train") if split in self.paths and self._path(split).is_file()]
-        return self._file(present[0] if present else "val").table  # type: ignore[arg-type]
+        splits: list[Split] = ["val", "test", "train"]
+        present = [split for split in splits if split in self.paths and self._path(split).is_file()]
+        return self._file(present[0] if present else "val").table
 
     def _path(self, split: Any) -> Path:
         return self.root / self.paths[split][1]

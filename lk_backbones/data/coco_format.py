@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def require_mask_api() -> Any:
     return mask_api
 
 
-class PackedList:
+class PackedList(Sequence[Any]):
     """A read-only list of plain values that is held in two arrays.
 
     Loading processes share its memory with their parent; of a list of many small Python objects each would soon have a
@@ -45,7 +45,7 @@ class PackedList:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} items, numbered from 0; there is no item {index}.")
         return json.loads(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
@@ -167,7 +167,7 @@ def _repeated(values: list[Any]) -> list[Any]:
 
 def _read_categories(path: Path, categories: list[Any]) -> ClassTable:
     ids = [_id_of(path, category, "category") for category in categories]
-    names = [category.get("name") for category in categories]
+    names: list[Any] = [category.get("name") for category in categories]
     if not ids or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f'{path}: "categories" must be a list of at least one category, each with a "name".')
     for kind, values in (("id", ids), ("name", names)):
@@ -184,10 +184,10 @@ def _read_categories(path: Path, categories: list[Any]) -> ClassTable:
 def _read_images(path: Path, entries: list[Any]) -> list[dict[str, Any]]:
     images = []
     for entry in entries:
-        image = {"id": _id_of(path, entry, "image")}
+        image: dict[str, Any] = {"id": _id_of(path, entry, "image")}
         for key, kind in (("file_name", str), ("height", int), ("width", int)):
-            value = entry.get(key)
-            if not isinstance(value, kind) or not value or (kind is int and value < 1):
+            value: Any = entry.get(key)
+            if not isinstance(value, kind) or not value or (isinstance(value, int) and value < 1):
                 raise ValueError(
                     f'{path}, image {image["id"]}: "{key}" must be {"text" if kind is str else "a positive integer"}, '
                     f"got {_short(value)}."
@@ -221,9 +221,11 @@ def _read_annotation(
         )
     x, y, width, height = box
     if width <= 0 or height <= 0:
-        return dropped.add("have no positive size", number, box, image)
+        dropped.add("have no positive size", number, box, image)
+        return None
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        return dropped.add("lie outside of their image", number, box, image)
+        dropped.add("lie outside of their image", number, box, image)
+        return None
     segmentation = _read_segmentation(path, number, entry.get("segmentation"), image)
     area = entry.get("area")
     if area is not None and not _is_number(area):
@@ -301,11 +303,11 @@ class _Dropped:
             )
 
 
-def decode_mask(where: Callable[[], str], segmentation: Any, height: int, width: int) -> np.ndarray:
+def decode_mask(where: str, segmentation: Any, height: int, width: int) -> np.ndarray:
     """Turns a segmentation into pixels, as pycocotools does.
 
     Args:
-        where: Says file and annotation, for messages.
+        where: File and annotation, for messages.
         segmentation: Polygons or an RLE.
         height: Height of the picture.
         width: Width of the picture.
@@ -328,5 +330,5 @@ def decode_mask(where: Callable[[], str], segmentation: Any, height: int, width:
             rle = segmentation
         mask: np.ndarray = api.decode(rle)
     except Exception as error:
-        raise ValueError(f"{where()}: its segmentation cannot be decoded: {error}.") from error
+        raise ValueError(f"{where}: its segmentation cannot be decoded: {error}.") from error
     return mask

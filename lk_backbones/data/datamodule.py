@@ -181,7 +181,9 @@ class ImageDataModule(LightningDataModule, ABC):
             FileNotFoundError: Folders or files are missing.
             ValueError: Files are unusable. Both name the file or folder and say what would be right.
         """
-        splits: list[Split] = {"fit": ["train", "val"], "validate": ["val"], None: ["train", "val"]}.get(stage, [])
+        splits: list[Split] = ["train"] if stage in ("fit", None) else []
+        if stage in ("fit", "validate", None):
+            splits.append("val")
         if stage in ("test", None):
             splits.append(self.test_split)
         if stage in ("predict", None):

@@ -65,24 +65,23 @@ class DetectionMetrics(MeanAveragePrecision):
         require_coco_tools()
         backend = backend or ("faster_coco_eval" if find_spec("faster_coco_eval") else "pycocotools")
         iou_type: Any = ("bbox", "segm") if masks else "bbox"
-        super().__init__(
-            iou_type=iou_type,
-            # in double precision: by default torchmetrics' thresholds are float32, so that recalls such as 7/10 fall on
-            # the other side of them than in pycocotools, and AP differs in the fourth digit
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            extended_summary=per_class,
-            average="macro",
-            backend=backend,
-            **kwargs,
-        )
+        with torch.device("cpu"):  # its thresholds are read, also while a task is built on the meta device
+            super().__init__(
+                iou_type=iou_type,
+                # in double precision: torchmetrics' own thresholds are float32, so that recalls such as 7/10 fall on
+                # the other side of them than in pycocotools, and AP differs in the fourth digit
+                iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+                rec_thresholds=np.linspace(0, 1, 101).tolist(),
+                extended_summary=per_class,
+                average="macro",
+                backend=backend,
+                **kwargs,
+            )
         self.masks = masks
         self.per_class = per_class
         self.add_state("image_ids", default=[], dist_reduce_fx=None)
 
-    def update(  # type: ignore[override]
-        self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]
-    ) -> None:
+    def update(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
         """Add pictures.
 
         Args:
@@ -135,7 +134,7 @@ class DetectionMetrics(MeanAveragePrecision):
             if state:
                 setattr(self, name, [state[place] for place in order])
 
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:  # type: ignore[override]
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
         """Leave what was collected on the CPU, whatever device the rest moves to."""
         return torch.nn.Module._apply(self, fn)
 
