@@ -169,7 +169,8 @@ def test_one_stage_is_the_head_of_faster_rcnn() -> None:
         box_batch_size_per_image=64,
     ).roi_heads
     for parameter in ours.parameters():  # so that scores and boxes differ from region to region
-        nn.init.normal_(parameter, std=0.15) if parameter.ndim > 1 else None
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
     theirs.load_state_dict({k.removeprefix("stages.0."): v for k, v in ours.state_dict().items()}, strict=True)
     maps, proposals, shapes, targets = regions()
 
@@ -302,6 +303,7 @@ def test_anchors_are_labelled_as_published() -> None:
     anchors = torch.cat([corner, corner + 5 + 50 * torch.rand(400, 2, generator=generator)], dim=1)
     # the last object is too small for any anchor, the one before has a best anchor below 0.7 only
     truth = torch.tensor([[20.0, 20, 60, 60], [22.0, 24, 60, 62], [70, 10, 84, 90], [50, 50, 51, 51]])
+    anchors[:20] = truth[:2].repeat(10, 1) + 3 * torch.randn(20, 4, generator=generator)
     inside = (anchors >= 0).all(1) & (anchors[:, 2] < 120) & (anchors[:, 3] < 100)
     overlaps = box_iou(anchors, truth)
     overlaps[~inside] = -1
@@ -316,7 +318,7 @@ def test_anchors_are_labelled_as_published() -> None:
         if overlaps[:, k].max() >= 0.3:
             chosen = overlaps[:, k] == overlaps[:, k].max()
             labels[chosen], matched[chosen] = 1, truth[k]
-    assert labels.eq(1).sum() >= 3
+    assert labels.eq(1).sum() > 10
     assert overlaps[:, 3].max() < 0.3 <= overlaps[:, 2].max() < 0.7
 
     target = {"boxes": truth, "image_size": torch.tensor([100, 120])}
