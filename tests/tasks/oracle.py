@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
 from lk_backbones.data import CocoDataModule
 from lk_backbones.tasks import CocoResults, DetectionTask
+from tests.tasks.blocks import trainer
 
 # Pictures of the second of two processes, in which it is to see nothing.
 SILENT = (11, 13, 15, 17)
@@ -116,20 +116,6 @@ def oracle_task(data: CocoDataModule, silent: Iterable[int] = (), **kwargs: Any)
     task.setup = lambda stage: None  # type: ignore[method-assign] # which looks for an encoder
     task.hparams["category_ids"] = data.category_ids
     return task
-
-
-def trainer(folder: Path, **kwargs: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 1,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(**(defaults | kwargs))
 
 
 def main(root: Path, out: Path) -> None:

@@ -15,7 +15,8 @@ from lk_backbones.tasks import DetectionTask, Overlays
 from lk_backbones.tasks.masks import decode_masks
 
 from ..data.conftest import CocoMaker
-from .oracle import make, oracle_task, trainer
+from .blocks import trainer
+from .oracle import make, oracle_task
 
 
 def scenes(**kwargs: Any) -> SyntheticScenesDetectionDataModule:

@@ -23,7 +23,8 @@ from lk_backbones.tasks.detection_metrics import METRIC_NAMES, DetectionMetrics
 from lk_backbones.tasks.masks import decode_masks, encode_masks
 
 from ..data.conftest import COCO_MINI, CocoMaker
-from .oracle import SILENT, oracle_task, trainer
+from .blocks import trainer
+from .oracle import SILENT, oracle_task
 
 
 def made(folder: Path) -> CocoDataModule:
