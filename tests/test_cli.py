@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -96,6 +97,42 @@ def test_predict_writes_a_label_map_and_an_overlay_of_every_picture(
         assert labels.size == size
         assert np.asarray(labels).max() < 9
         assert (out / "overlays" / f"{name}.png").is_file()
+
+
+def test_detection_runs_like_segmentation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"fpn_channels": 16, "box_head_fc_channels": 32, "mask_head_channels": 16, "rpn_post_nms_top_n_train": 50}
+    task = ["--model", "DetectionTask", "--model.architecture", "mask_rcnn", "--model.encoder", "replknet_31n"]
+    task += ["--model.num_classes", "5", "--model.min_size", "64", "--model.max_size", "96"]
+    task += ["--model.encoder_kwargs", '{"kernel_sizes": 3}', "--model.architecture_kwargs", json.dumps(small)]
+    data = ["--data", "SyntheticScenesDetectionDataModule", "--data.image_size", "[64, 64]", "--data.train_images", "4"]
+    data += ["--data.val_images", "2", "--data.test_images", "2", "--data.num_workers", "0"]
+    main(["fit", *task, *data, *TINY, "--trainer.max_epochs", "1", "--seed_everything", "3"])
+    out = capsys.readouterr().out
+    assert "AP, IoU 50 to 95 %" in out
+    assert len(list(tmp_path.rglob("overlays/val/**/*.png"))) == 2
+    (path,) = tmp_path.rglob("*.ckpt")
+
+    options = [*TINY, "--trainer.logger", "false", "--overlays.directory", "out"]
+    for command, stage in (("validate", "val"), ("test", "test")):
+        main([command, "--ckpt_path", str(path), *options])
+        assert isinstance(json.loads(Path("out", stage, "predictions.json").read_text()), list)
+        assert Path("out", stage, "predictions_masks.json").is_file()
+
+    Path("pictures").mkdir()
+    for name, size in {"a": (70, 45), "b": (64, 64)}.items():
+        Image.new("RGB", size, (90, 120, 200)).save(f"pictures/{name}.png")
+    scores = ["--model.architecture_kwargs", json.dumps(small | {"box_score_thresh": 0.0})]
+    pictures = ["--pictures", "pictures", "--data.num_workers", "0"]
+    main(["predict", "--ckpt_path", str(path), *pictures, *scores, *options])
+    assert "predictions.json" in capsys.readouterr().out
+    assert all(Path("out", "overlays", f"{name}.png").is_file() for name in "ab")
+    results = json.loads(Path("out", "predictions.json").read_text())
+    assert {(result["image_id"], Path(result["file_name"]).name) for result in results} == {(1, "a.png"), (2, "b.png")}
+    assert {result["category_id"] for result in results} <= {1, 2, 3, 4, 5}
+    assert all(result["segmentation"]["size"] in ([45, 70], [64, 64]) for result in results)
 
 
 def test_models_lists_parameters_kernels_and_weights(capsys: pytest.CaptureFixture[str]) -> None:

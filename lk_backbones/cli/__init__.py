@@ -15,12 +15,12 @@ __all__ = ["main"]
 
 _USAGE = """usage: lk-backbones COMMAND ...
 
-Large-kernel ConvNets for segmentation.
+Large-kernel ConvNets for segmentation and detection.
 
   fit       train:     lk-backbones fit --config recipes/quickstart/unet_replknet_31n_scenes.yaml
   validate  evaluate:  lk-backbones validate --ckpt_path CHECKPOINT
   test      evaluate:  lk-backbones test --ckpt_path CHECKPOINT
-  predict   label maps and overlays for a folder of pictures:
+  predict   overlays, and label maps or detections, for a folder of pictures:
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
   models    list the encoders: name, parameters, kernel sizes, weights
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name

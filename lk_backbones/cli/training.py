@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["run"]
 
-# Checkpoints may come from anywhere: never unpickle them. Tables are IoUTable's, predictions go to files.
+# Checkpoints may come from anywhere: never unpickle them. Tables are MetricsTable's, predictions go to files.
 _DEFAULTS = {
     "fit": ["--weights_only", "true"],
     "validate": ["--weights_only", "true", "--verbose", "false"],
@@ -35,13 +35,15 @@ def run(args: list[str]) -> None:
 
     import lk_backbones.data
     import lk_backbones.tasks  # noqa: F401, so that short class names resolve
+    from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
     from lk_backbones.tasks.base import without_encoder_weights
-    from lk_backbones.tasks.callbacks import IoUTable, ReproducibleSteps, SegmentationOverlays
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(SegmentationOverlays, "overlays")
-            parser.add_lightning_class_args(IoUTable, "table")
+            # each asks the task what there is to draw, to print and to write
+            parser.add_lightning_class_args(Overlays, "overlays")
+            parser.add_lightning_class_args(MetricsTable, "table")
+            parser.add_lightning_class_args(CocoResults, "results")
             parser.add_lightning_class_args(ReproducibleSteps, "reproducible")
 
         def _parse_ckpt_path(self) -> None:
@@ -69,10 +71,14 @@ def run(args: list[str]) -> None:
 
 def _say_where(trainer: Any) -> None:
     """Name what a run has left on the disk."""
+    from lk_backbones.tasks import CocoResults, Overlays
+
     lines = []
-    overlays = next((callback for callback in trainer.callbacks if hasattr(callback, "folder")), None)
-    if overlays is not None and overlays.folder.is_dir():
-        lines.append(f"pictures:   {overlays.folder}")
+    for callback in trainer.callbacks:
+        if isinstance(callback, Overlays) and callback.folder.is_dir():
+            lines.append(f"pictures:   {callback.folder}")
+        if isinstance(callback, CocoResults):
+            lines += [f"detections: {file}" for file in callback.files]
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if trainer.state.fn == "fit" and checkpoint:
         lines.append(f"checkpoint: {os.path.relpath(checkpoint)}")
@@ -112,7 +118,9 @@ def _from_checkpoint(args: list[str]) -> list[str]:
     known = []
     has_config = _option(args, "--config") is not None
     if not has_config and not any(arg.split("=")[0] == "--model" for arg in args):
-        class_path = hyper_parameters.pop("_class_path", "lk_backbones.tasks.SegmentationTask")
+        # Lightning's own trainer does not say which task it was
+        task = "DetectionTask" if "category_ids" in hyper_parameters else "SegmentationTask"
+        class_path = hyper_parameters.pop("_class_path", f"lk_backbones.tasks.{task}")
         known += ["--model", _config(class_path, hyper_parameters)]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     given = any(arg.split("=")[0] in ("--data", "--pictures") for arg in args)

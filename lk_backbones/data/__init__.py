@@ -3,9 +3,11 @@
 from lk_backbones.data.ade20k import ADE20KDataModule
 from lk_backbones.data.cityscapes import CityscapesDataModule
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
+from lk_backbones.data.coco import CocoDataModule
+from lk_backbones.data.detection import DetectionDataModule, DetectionDataset
 from lk_backbones.data.folder import SegmentationFolderDataModule
 from lk_backbones.data.pictures import PictureFolderDataModule
-from lk_backbones.data.scenes import SyntheticScenesDataModule
+from lk_backbones.data.scenes import SyntheticScenesDataModule, SyntheticScenesDetectionDataModule
 from lk_backbones.data.segmentation import SegmentationDataModule, SegmentationDataset
 
 __all__ = [
@@ -13,9 +15,13 @@ __all__ = [
     "ADE20KDataModule",
     "CityscapesDataModule",
     "ClassTable",
+    "CocoDataModule",
+    "DetectionDataModule",
+    "DetectionDataset",
     "PictureFolderDataModule",
     "SegmentationDataModule",
     "SegmentationDataset",
     "SegmentationFolderDataModule",
     "SyntheticScenesDataModule",
+    "SyntheticScenesDetectionDataModule",
 ]

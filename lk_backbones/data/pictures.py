@@ -8,9 +8,10 @@ from torch.utils.data import DataLoader
 
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
+from lk_backbones.data.datamodule import default_num_workers, keep_hyperparameters
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import default_pin_memory, evaluation_loader
-from lk_backbones.data.segmentation import FileSegmentationDataset, collate, default_num_workers, keep_hyperparameters
+from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
 
 

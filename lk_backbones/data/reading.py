@@ -60,11 +60,15 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, turn: bool = True) -> np.ndarray:
     """Reads a picture as RGB, turned as its EXIF orientation says.
 
     Greyscale is repeated in three channels, palettes are resolved, CMYK is converted, transparency is dropped. Of
     16-bit pictures the upper eight bits are kept. Floating-point pictures must have values in [0, 1].
+
+    Args:
+        path: The file.
+        turn: False leaves the picture as it is stored, whatever its EXIF orientation.
 
     Returns:
         uint8 array `(H, W, 3)`, values 0 to 255.
@@ -76,7 +80,8 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            if turn:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = _from_integers(path, np.asarray(image))
             elif image.mode == "F":

@@ -5,7 +5,8 @@ seed of each sample's augmentation. A run that was killed and continues from a c
 epoch, therefore sees what an undisturbed run would have seen; the number of workers does not matter.
 """
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any, NamedTuple
 
 import cv2
@@ -55,12 +56,46 @@ class TrainingSampler(DistributedSampler[Any]):
         self.is_announced = True
 
     def __iter__(self) -> Iterator[SampleKey]:
+        return islice(self.order(), self.start, None)
+
+    def order(self) -> Iterator[SampleKey]:
+        """Gives all samples of this process in the order of the epoch."""
         epoch = self.epoch
         for number, index in enumerate(super().__iter__()):
-            if number >= self.start:
-                # Counted over all processes, so two of them with batch size 4 see what one with batch size 8 sees.
-                position = number * self.num_replicas + self.rank
-                yield SampleKey(index, derive_seed(self.seed, epoch, position))
+            # Counted over all processes, so two of them with batch size 4 see what one with batch size 8 sees.
+            position = number * self.num_replicas + self.rank
+            yield SampleKey(index, derive_seed(self.seed, epoch, position))
+
+
+class GroupedTrainingSampler(TrainingSampler):
+    """A training sampler whose batches hold samples of one group, such as upright pictures: less padding.
+
+    A sample waits until its group has a batch full. What is left over at the end of the epoch makes mixed batches, so
+    that every process has the same number of batches whatever its samples are.
+
+    Args:
+        dataset: The data set; it must have a length.
+        groups: Group of every sample.
+        batch_size: Samples per batch; the loader must cut batches of that size.
+        seed: Together with the epoch it determines everything.
+    """
+
+    def __init__(self, dataset: Dataset[Any], groups: Sequence[int], batch_size: int, seed: int = 0):
+        super().__init__(dataset, seed)
+        self.groups = groups
+        self.batch_size = batch_size
+
+    def order(self) -> Iterator[SampleKey]:
+        """Gives the samples of this process batch by batch."""
+        waiting: dict[int, list[SampleKey]] = {}
+        for key in super().order():
+            batch = waiting.setdefault(self.groups[key.sample], [])
+            batch.append(key)
+            if len(batch) == self.batch_size:
+                yield from batch
+                batch.clear()
+        for batch in waiting.values():
+            yield from batch
 
 
 class TrainingLoader(DataLoader[Any]):

@@ -38,7 +38,7 @@ class ResizeByRatio(DualTransform):
         p: Probability.
     """
 
-    _targets = (Targets.IMAGE, Targets.MASK)
+    _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)
 
     def __init__(
         self, ratio_range: tuple[float, float] = (0.5, 2.0), base_size: tuple[int, int] | None = None, p: float = 1.0
@@ -52,9 +52,8 @@ class ResizeByRatio(DualTransform):
         height, width = params["shape"][:2]
         scale = self.py_random.uniform(*self.ratio_range)
         if self.base_size is not None:
-            long_side, short_side = max(self.base_size), min(self.base_size)
-            scale *= min(long_side / max(height, width), short_side / min(height, width))
-        return {"size": (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))}
+            scale *= ratio_to_fit((height, width), self.base_size)
+        return {"size": scaled_size((height, width), scale)}
 
     def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
         """Resizes the picture, bilinear."""
@@ -64,6 +63,20 @@ class ResizeByRatio(DualTransform):
         """Resizes the mask, nearest neighbour."""
         return _resize(mask, size, cv2.INTER_NEAREST)
 
+    def apply_to_bboxes(self, bboxes: np.ndarray, **params: Any) -> np.ndarray:
+        """Leaves the boxes as they are: albumentations measures them in widths and heights of the picture."""
+        return bboxes
+
+
+def ratio_to_fit(shape: tuple[int, int], size: tuple[int, int]) -> float:
+    """Returns the largest ratio at which a picture's long and short side stay within those of ``size``."""
+    return min(max(size) / max(shape), min(size) / min(shape))
+
+
+def scaled_size(shape: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Returns height and width of a picture at a scale, rounded, at least 1."""
+    return max(1, int(shape[0] * scale + 0.5)), max(1, int(shape[1] * scale + 0.5))
+
 
 def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
     if array.shape[:2] == size:
@@ -71,7 +84,36 @@ def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.
     return cv2.resize(array, (size[1], size[0]), interpolation=interpolation)
 
 
-class RandomCropMaxRatio(DualTransform):
+class Crop(DualTransform):
+    """Base of the random crops: cuts a ``box`` of pixels, ``(top, bottom, left, right)``, out of everything."""
+
+    _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)
+
+    def draw(self, shape: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns a random box; a side of the picture that is shorter than the crop is kept whole."""
+        top = self.py_random.randint(0, max(shape[0] - height, 0))
+        left = self.py_random.randint(0, max(shape[1] - width, 0))
+        return top, min(top + height, shape[0]), left, min(left + width, shape[1])
+
+    def apply(self, img: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        """Cuts the box out of the picture."""
+        return img[box[0] : box[1], box[2] : box[3]]
+
+    def apply_to_mask(self, mask: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        """Cuts the box out of the mask."""
+        return mask[box[0] : box[1], box[2] : box[3]]
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        """Moves the boxes; albumentations clips and drops those that stick out."""
+        top, bottom, left, right = box
+        height, width = params["shape"][:2]
+        moved = bboxes.copy()
+        moved[:, [0, 2]] = (bboxes[:, [0, 2]] * width - left) / (right - left)
+        moved[:, [1, 3]] = (bboxes[:, [1, 3]] * height - top) / (bottom - top)
+        return moved
+
+
+class RandomCropMaxRatio(Crop):
     """Crops at random so that no class covers too much: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
 
     A crop is drawn again, up to ten times, when one class covers ``cat_max_ratio`` of its labelled pixels or more, or
@@ -86,7 +128,6 @@ class RandomCropMaxRatio(DualTransform):
         p: Probability.
     """
 
-    _targets = (Targets.IMAGE, Targets.MASK)
     tries = 10
 
     def __init__(
@@ -111,31 +152,18 @@ class RandomCropMaxRatio(DualTransform):
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draws the crop and returns its ``box``, ``(top, bottom, left, right)``."""
         mask = data["mask"]
-        box = self._draw(mask.shape[:2])
+        box = self.draw(mask.shape[:2], self.height, self.width)
         if self.cat_max_ratio < 1:
             for _ in range(self.tries):
                 if self._is_varied(mask[box[0] : box[1], box[2] : box[3]]):
                     break
-                box = self._draw(mask.shape[:2])
+                box = self.draw(mask.shape[:2], self.height, self.width)
         return {"box": box}
-
-    def _draw(self, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-        top = self.py_random.randint(0, max(shape[0] - self.height, 0))
-        left = self.py_random.randint(0, max(shape[1] - self.width, 0))
-        return top, min(top + self.height, shape[0]), left, min(left + self.width, shape[1])
 
     def _is_varied(self, mask: np.ndarray) -> bool:
         counts = np.bincount(mask.ravel(), minlength=self.ignore_index + 1)
         counts[self.ignore_index] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() < self.cat_max_ratio * counts.sum())
-
-    def apply(self, img: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Cuts the box out of the picture."""
-        return img[box[0] : box[1], box[2] : box[3]]
-
-    def apply_to_mask(self, mask: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Cuts the box out of the mask."""
-        return mask[box[0] : box[1], box[2] : box[3]]
 
 
 def photometric_distortion() -> list[A.BasicTransform]:

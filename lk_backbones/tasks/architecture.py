@@ -7,6 +7,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 
 from lk_backbones.heads import FCNHead
+from lk_backbones.tasks.base import check_shared_arguments
 from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights, nearest
 
 __all__ = ["AUXILIARY_LEVEL", "build_auxiliary_head", "build_model", "check_arguments"]
@@ -26,34 +27,11 @@ def check_arguments(hparams: Any) -> None:
     Raises:
         ValueError: With the argument's name and what would be right.
     """
-    num_classes = hparams["num_classes"]
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts as a class)")
-    for key in ("class_names", "class_colors"):
-        values = hparams[key]
-        if values is not None and len(values) != num_classes:
-            raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
-    names = hparams["class_names"] or []
-    if len(set(names)) != len(names):
-        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
-    for key, low in (
-        ("lr", 0),
-        ("weight_decay", None),
-        ("auxiliary_weight", None),
-        ("layer_decay", 0),
-        ("power", None),
-    ):
-        value = hparams[key]
-        if value < 0 or value == low:
-            raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
-    if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
-        raise ValueError(
-            f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "
-            f"warmup_ratio={hparams['warmup_ratio']} in [0, 1]"
-        )
-    for key, choices in (("inference", ("whole", "slide")), ("optimizer", ("adamw", "sgd"))):
-        if hparams[key] not in choices:
-            raise ValueError(f"{key}='{hparams[key]}' must be one of {', '.join(choices)}")
+    check_shared_arguments(hparams, 2, "background counts as a class")
+    if hparams["auxiliary_weight"] < 0:
+        raise ValueError(f"auxiliary_weight={hparams['auxiliary_weight']} must be at least 0")
+    if hparams["inference"] not in ("whole", "slide"):
+        raise ValueError(f"inference='{hparams['inference']}' must be one of whole, slide")
     crop, stride = hparams["slide_crop"], hparams["slide_stride"]
     if not all(0 < s <= c for s, c in zip(stride, crop, strict=True)):
         raise ValueError(f"slide_stride={tuple(stride)} must be positive and at most slide_crop={tuple(crop)}")

@@ -15,10 +15,16 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from typing_extensions import Self
 
+from lk_backbones.tasks.drawing import Color, default_colors
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
-from lk_backbones.tasks.optim import encoder_lr_scales, parameter_groups, warmup_poly_scheduler
+from lk_backbones.tasks.optim import (
+    encoder_lr_scales,
+    parameter_groups,
+    warmup_poly_scheduler,
+    warmup_step_scheduler,
+)
 
-__all__ = ["BaseTask", "without_encoder_weights"]
+__all__ = ["BaseTask", "check_shared_arguments", "mean_and_std", "without_encoder_weights"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,10 +49,17 @@ class BaseTask(L.LightningModule):
     """Base of the tasks: a network around an encoder, trained by the published recipes.
 
     A subclass stores its constructor's arguments with ``save_hyperparameters()``. Among them are, with the same names
-    in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``in_channels``, ``num_classes``, ``mean``,
-    ``std``, ``freeze_encoder``, ``gradient_checkpointing``, ``optimizer``, ``lr``, ``momentum``, ``weight_decay``,
-    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``.
+    in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``in_channels``, ``num_classes``,
+    ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``, ``gradient_checkpointing``, ``optimizer``,
+    ``lr``, ``momentum``, ``weight_decay``, ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and
+    ``min_lr``; and, where the learning rate may drop after some epochs instead of decaying, ``milestones`` and
+    ``gamma``.
+
+    Attributes:
+        taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.
     """
+
+    taken_from_data: tuple[str, ...] = ("class_names", "class_colors")
 
     image_mean: torch.Tensor
     image_std: torch.Tensor
@@ -55,6 +68,17 @@ class BaseTask(L.LightningModule):
     def encoder(self) -> nn.Module:
         """The smp encoder inside the network."""
         raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: the argument's, else the data module's, else ``class_0`` and so on."""
+        return self.hparams["class_names"] or [f"class_{i}" for i in range(self.hparams["num_classes"])]
+
+    @property
+    def class_colors(self) -> list[Color]:
+        """Colours of the classes: the argument's, else the data module's, else well separated ones."""
+        colors = self.hparams["class_colors"] or default_colors(self.hparams["num_classes"])
+        return [(color[0], color[1], color[2]) for color in colors]
 
     # --- building ---------------------------------------------------------------------------------------------------
 
@@ -77,7 +101,7 @@ class BaseTask(L.LightningModule):
             _checkpoint_gradients(self.encoder, spec)
         if self.hparams["freeze_encoder"]:
             self.encoder.requires_grad_(False).eval()
-        mean, std = _mean_and_std(self.encoder, spec, self.hparams)
+        mean, std = mean_and_std(self.encoder, spec, self.hparams)
         # saved with the checkpoint: by which commit it started, and how to read a picture
         self.hparams.update(spec.saved)
         self.hparams["mean"], self.hparams["std"] = mean, std
@@ -126,20 +150,27 @@ class BaseTask(L.LightningModule):
                 f"warmup_steps={hparams.warmup_steps} is not shorter than the training of {total_steps} steps, so the "
                 f"learning rate never reaches lr={hparams.lr}"
             )
-        scheduler = warmup_poly_scheduler(
-            optimizer,
-            int(total_steps),
-            hparams.warmup_steps,
-            hparams.warmup_ratio,
-            hparams.power,
-            hparams.min_lr / hparams.lr,
-        )
+        if milestones := hparams.get("milestones"):
+            epoch = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+            steps = [epoch * milestone for milestone in milestones]
+            scheduler = warmup_step_scheduler(
+                optimizer, steps, hparams.gamma, hparams.warmup_steps, hparams.warmup_ratio
+            )
+        else:
+            scheduler = warmup_poly_scheduler(
+                optimizer,
+                int(total_steps),
+                hparams.warmup_steps,
+                hparams.warmup_ratio,
+                hparams.power,
+                hparams.min_lr / hparams.lr,
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- data -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compare the data module with the task before anything runs.
+        """Compare the data module with the task, and take over what the task leaves to it, before anything runs.
 
         Args:
             stage: What the trainer is about to do.
@@ -154,6 +185,11 @@ class BaseTask(L.LightningModule):
                 f"{type(data).__name__} has num_classes={num_classes}, but the task was built with "
                 f"num_classes={self.hparams['num_classes']}: make them equal"
             )
+        for key in self.taken_from_data:
+            if self.hparams[key] is None and getattr(data, key, None):
+                # plain values only, as checkpoints are read without unpickling
+                values = [tuple(v) if isinstance(v, list | tuple) else v for v in getattr(data, key)]
+                self.hparams[key] = values
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -206,6 +242,43 @@ class BaseTask(L.LightningModule):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
+def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
+    """Refuse impossible values of the arguments that every task has, before anything is built.
+
+    Args:
+        hparams: A task's arguments by name.
+        least_classes: Smallest number of classes.
+        why: What to say of it.
+
+    Raises:
+        ValueError: With the argument's name and what would be right.
+    """
+    num_classes = hparams["num_classes"]
+    if num_classes < least_classes:
+        raise ValueError(f"num_classes={num_classes} must be at least {least_classes} ({why})")
+    for key in ("class_names", "class_colors"):
+        values = hparams[key]
+        if values is not None and len(values) != num_classes:
+            raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
+    names = hparams["class_names"] or []
+    if len(set(names)) != len(names):
+        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
+    for key, low in (("lr", 0), ("weight_decay", None), ("layer_decay", 0), ("power", None)):
+        value = hparams[key]
+        if value < 0 or value == low:
+            raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
+    if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
+        raise ValueError(
+            f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "
+            f"warmup_ratio={hparams['warmup_ratio']} in [0, 1]"
+        )
+    if hparams["optimizer"] not in ("adamw", "sgd"):
+        raise ValueError(f"optimizer='{hparams['optimizer']}' must be one of adamw, sgd")
+    milestones = list(hparams.get("milestones") or [])
+    if milestones != sorted(set(milestones)) or min(milestones, default=1) <= 0:
+        raise ValueError(f"milestones={milestones} must be epochs in ascending order, counted from 1")
+
+
 def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
     if not spec.is_timm:
         raise ValueError(
@@ -219,7 +292,7 @@ def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
         network.set_grad_checkpointing(True)
 
 
-def _mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[list[float], list[float]]:
+def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[list[float], list[float]]:
     """The arguments ``mean`` and ``std``, else those of the encoder's weights, else ImageNet's."""
     channels = hparams["in_channels"]
     mean: Sequence[float] = IMAGENET_MEAN

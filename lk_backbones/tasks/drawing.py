@@ -1,8 +1,6 @@
-"""Pictures of segmentations: coloured label maps, panels with a legend, and files that are never half written."""
+"""Pictures of results: coloured label maps, boxes and masks with names, panels with a legend."""
 
 import colorsys
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +9,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_segmentation_masks
 
-__all__ = ["Color", "default_colors", "draw_panels", "fit_size", "label_map_image", "overlay", "save_png", "to_rgb"]
+from lk_backbones.tasks.files import write_atomically
+
+__all__ = [
+    "Color",
+    "default_colors",
+    "draw_objects",
+    "draw_panels",
+    "fit_size",
+    "label_map_image",
+    "overlay",
+    "save_png",
+    "to_rgb",
+]
 
 Color = tuple[int, int, int]
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (32, 33, 36), (218, 220, 224)
-MARGIN, LINE, FONT_SIZE = 12, 22, 15
+MARGIN, LINE, FONT_SIZE, NAME_SIZE = 12, 22, 15, 11
 MAX_LEGEND = 30
 
 
@@ -64,6 +74,52 @@ def overlay(image: Image.Image, label_map: torch.Tensor, colors: Sequence[Color]
     if ignored.any():
         pixels = torch.where(ignored, torch.from_numpy(_hatching(*labels.shape)).permute(2, 0, 1), pixels)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def draw_objects(
+    image: Image.Image,
+    boxes: torch.Tensor,
+    texts: Sequence[str],
+    colors: Sequence[Color],
+    masks: torch.Tensor | None = None,
+    opacity: float = 0.6,
+) -> Image.Image:
+    """Draw objects over a picture: masks, then boxes, then names, the first object on top.
+
+    Args:
+        image: The picture.
+        boxes: ``(N, 4)``, corners in pixels of the picture.
+        texts: What to write at each box.
+        colors: RGB colour of each object.
+        masks: ``(N, H, W)`` of any size, not 0 inside; resized by nearest neighbour.
+        opacity: Of the masks, 0 to 1.
+
+    Returns:
+        A picture of the same size.
+    """
+    if masks is not None and len(masks):
+        inside = [torch.from_numpy(_resize_labels(mask != 0, image.size)).bool() for mask in masks.flip(0)]
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pixels = draw_segmentation_masks(pixels, torch.stack(inside), alpha=opacity, colors=list(colors)[::-1])
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    else:
+        image = image.convert("RGB").copy()
+    draw = ImageDraw.Draw(image)
+    order = range(len(texts) - 1, -1, -1)
+    corners = [[round(side) for side in box] for box in boxes.tolist()]
+    for i in order:
+        left, top, right, bottom = corners[i]
+        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colors[i], width=2)
+    font = ImageFont.load_default(NAME_SIZE)
+    for i in order:
+        left, top = corners[i][:2]
+        width, height = int(font.getlength(texts[i])) + 4, NAME_SIZE + 3
+        # above the box if there is room, else inside
+        x, y = max(min(left, image.width - width), 0), top - height if top >= height else max(top, 0)
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colors[i])
+        dark = sum(channel * part for channel, part in zip(colors[i], (0.3, 0.59, 0.11), strict=True)) < 140
+        draw.text((x + 2, y), texts[i], fill=BACKGROUND if dark else INK, font=font)
+    return image
 
 
 def draw_panels(
@@ -122,22 +178,8 @@ def fit_size(size: tuple[int, int], smallest: int = 400, largest: int = 640) -> 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG file that appears at once, whole, under its name; folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with write_atomically(path) as file:
+        image.save(file, format="PNG")
 
 
 def _resize_labels(label_map: torch.Tensor, size: tuple[int, int]) -> np.ndarray:

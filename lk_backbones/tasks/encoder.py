@@ -22,7 +22,15 @@ from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.sources import is_source, pull, pull_config
 
-__all__ = ["EncoderSpec", "load_encoder_weights", "nearest", "resolve_encoder", "timm_model", "timm_names"]
+__all__ = [
+    "EncoderSpec",
+    "build_encoder",
+    "load_encoder_weights",
+    "nearest",
+    "resolve_encoder",
+    "timm_model",
+    "timm_names",
+]
 
 _REMOTE = ("hf-hub:", "local-dir:")
 _DEFAULT_WEIGHTS = (True, "pretrained")
@@ -195,3 +203,27 @@ def _smp_weights(name: str, weights: str | bool | None) -> str | None:
     if weights not in known:
         raise ValueError(f"smp has no weights {weights!r} for '{name}'; it has {known}{nearest(str(weights), known)}")
     return str(weights)
+
+
+def build_encoder(spec: EncoderSpec, in_channels: int) -> nn.Module:
+    """Build an encoder on its own, of full depth, with its weights.
+
+    Args:
+        spec: The encoder.
+        in_channels: Channels of the images.
+
+    Returns:
+        The smp encoder.
+
+    Raises:
+        ValueError: If the encoder refuses its arguments.
+        RuntimeError: If its weights do not fit.
+    """
+    try:
+        encoder: nn.Module = smp.encoders.get_encoder(
+            spec.name, in_channels=in_channels, depth=5, weights=spec.weights, **spec.kwargs
+        )
+    except TypeError as error:
+        raise ValueError(f"'{spec.name}' refuses its arguments (encoder_kwargs={spec.kwargs}): {error}") from error
+    load_encoder_weights(encoder, spec)
+    return encoder

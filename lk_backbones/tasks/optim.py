@@ -1,9 +1,11 @@
 """Parameter groups and the learning-rate schedule that every task shares.
 
 The published recipes (RepLKNet paper, section 4; OpenMMLab configurations): AdamW without weight decay on norms and
-biases, learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay, per step.
+biases, learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay (segmentation)
+or into drops after some epochs (detection), per step.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,14 @@ from torch import nn
 
 from lk_backbones.tasks.encoder import timm_model, timm_names
 
-__all__ = ["encoder_lr_scales", "parameter_groups", "warmup_poly", "warmup_poly_scheduler"]
+__all__ = [
+    "encoder_lr_scales",
+    "parameter_groups",
+    "warmup_poly",
+    "warmup_poly_scheduler",
+    "warmup_step",
+    "warmup_step_scheduler",
+]
 
 
 def encoder_lr_scales(
@@ -101,6 +110,11 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
+def warmup_ramp(step: int, warmup_steps: int, warmup_ratio: float) -> float:
+    """Factor of the learning rate during a linear warm-up: ``warmup_ratio`` at step 0, 1 from ``warmup_steps`` on."""
+    return 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
+
+
 def warmup_poly(
     step: int, total_steps: int, warmup_steps: int, warmup_ratio: float, power: float, min_factor: float
 ) -> float:
@@ -122,8 +136,26 @@ def warmup_poly(
         The factor.
     """
     decay = (1 - min_factor) * (1 - min(step, total_steps) / total_steps) ** power + min_factor
-    ramp = 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
-    return decay * ramp
+    return decay * warmup_ramp(step, warmup_steps, warmup_ratio)
+
+
+def warmup_step(step: int, milestones: Sequence[float], gamma: float, warmup_steps: int, warmup_ratio: float) -> float:
+    """Factor of the learning rate at a step: a drop at every milestone, multiplied by `warmup_ramp`.
+
+    The same formula as OpenMMLab's ``step`` policy with ``warmup="linear"``.
+
+    Args:
+        step: Optimiser steps taken so far.
+        milestones: Optimiser steps after which the rate is multiplied by ``gamma``.
+        gamma: Factor of every drop.
+        warmup_steps: Length of the warm-up.
+        warmup_ratio: Ramp at step 0.
+
+    Returns:
+        The factor.
+    """
+    drops = sum(step >= milestone for milestone in milestones)
+    return float(gamma**drops) * warmup_ramp(step, warmup_steps, warmup_ratio)
 
 
 def warmup_poly_scheduler(
@@ -142,5 +174,19 @@ def warmup_poly_scheduler(
         warmup_ratio=warmup_ratio,
         power=power,
         min_factor=min_factor,
+    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def warmup_step_scheduler(
+    optimizer: torch.optim.Optimizer,
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_ratio: float = 1e-6,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`warmup_step` as a scheduler, to be stepped after every optimiser step. Arguments as there."""
+    factor = partial(
+        warmup_step, milestones=milestones, gamma=gamma, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio
     )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -10,7 +10,6 @@ from torchmetrics import MeanMetric
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
 from lk_backbones.tasks.architecture import AUXILIARY_LEVEL, build_auxiliary_head, build_model, check_arguments
 from lk_backbones.tasks.base import BaseTask
-from lk_backbones.tasks.drawing import Color, default_colors
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
 from lk_backbones.tasks.metrics import SegmentationMetrics
@@ -135,17 +134,6 @@ class SegmentationTask(BaseTask):
     def encoder(self) -> torch.nn.Module:
         """The smp encoder inside the network."""
         return self.model.encoder
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes: the argument's, else the data module's, else ``class_0`` and so on."""
-        return self.hparams["class_names"] or [f"class_{i}" for i in range(self.hparams["num_classes"])]
-
-    @property
-    def class_colors(self) -> list[Color]:
-        """Colours of the classes: the argument's, else the data module's, else well separated ones."""
-        colors = self.hparams["class_colors"] or default_colors(self.hparams["num_classes"])
-        return [(color[0], color[1], color[2]) for color in colors]
 
     # --- networks ---------------------------------------------------------------------------------------------------
 
@@ -308,7 +296,7 @@ class SegmentationTask(BaseTask):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compare the data module with the task, and take over its class names and colours if the task has none.
+        """Compare the data module with the task; see `BaseTask.setup`.
 
         Args:
             stage: What the trainer is about to do.
@@ -324,9 +312,6 @@ class SegmentationTask(BaseTask):
                 f"{type(data).__name__} has ignore_index={ignore_index}, but the task was built with "
                 f"ignore_index={self.hparams['ignore_index']}: make them equal"
             )
-        for key in ("class_names", "class_colors"):
-            if self.hparams[key] is None and getattr(data, key, None):
-                self.hparams[key] = [name if key == "class_names" else tuple(name) for name in getattr(data, key)]
         check_arguments(self.hparams)
 
     def _checked_mask(self, batch: dict[str, Any]) -> torch.Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_api
 
 CAMVID = Path(__file__).parents[2].parent / "shared" / "data" / "camvid"
 
@@ -80,3 +82,62 @@ def ade20k_root(tmp_path: Path) -> Path:
             save_image(root / "images" / folder / f"{name}.jpg", *size, seed=i)
             save_mask(root / "annotations" / folder / f"{name}.png", random_labels(*size, range(151), seed=i))
     return root
+
+
+COCO_MINI = CAMVID.parent / "coco_mini"
+BCCD = CAMVID.parent / "bccd"
+
+
+class CocoMaker:
+    """A small data set in COCO format, to be changed before it is written.
+
+    Two categories with a gap between their ids; per split four pictures of 60×80: two objects (a polygon and one of two
+    parts), one object and a crowd as uncompressed RLE, nothing, one object as compressed RLE.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.splits = {"train2017": self._content(0), "val2017": self._content(10)}
+
+    @property
+    def train(self) -> dict[str, Any]:
+        return self.splits["train2017"]
+
+    def _content(self, first: int) -> dict[str, Any]:
+        images = [{"id": first + i, "file_name": f"{first + i}.png", "height": 60, "width": 80} for i in range(4)]
+        crowd = [60 * 40, 60 * 20, 60 * 20]  # columns 40 to 59
+        part = np.zeros((60, 80), np.uint8)
+        part[5:15, 10:30] = 1
+        rle = mask_api.encode(np.asfortranarray(part))
+        square, corner = [10, 10, 30, 10, 30, 40, 10, 40], [70, 50, 80, 50, 80, 60, 70, 60]
+        annotations = [
+            self.annotation(0, first, 7, [10, 10, 20, 30], [square]),
+            self.annotation(1, first, 3, [10, 10, 70, 50], [square, corner], area=700),
+            self.annotation(2, first + 1, 3, [2, 2, 30, 30], [[2, 2, 32, 2, 32, 32, 2, 32]]),
+            self.annotation(
+                3, first + 1, 7, [40, 0, 20, 60], {"size": [60, 80], "counts": crowd}, iscrowd=1, area=1200
+            ),
+            self.annotation(4, first + 3, 7, [10, 5, 20, 10], {"size": [60, 80], "counts": rle["counts"].decode()}),
+        ]
+        categories = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    @staticmethod
+    def annotation(number: int, image: int, category: int, box: list[float], segmentation: Any, **more: Any) -> Any:
+        annotation = {"id": 100 + number, "image_id": image, "category_id": category, "bbox": box}
+        return annotation | {"segmentation": segmentation, "area": box[2] * box[3], "iscrowd": 0} | more
+
+    def write(self) -> Path:
+        for number, (split, content) in enumerate(self.splits.items()):
+            for image in content.get("images", []) if isinstance(content, dict) else []:
+                if "file_name" in image and not (self.root / split / image["file_name"]).exists():
+                    save_image(self.root / split / image["file_name"], 60, 80, seed=number)
+            path = self.root / "annotations" / f"instances_{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+        return self.root
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> CocoMaker:
+    return CocoMaker(tmp_path / "coco")

@@ -81,8 +81,8 @@ def test_crop_is_the_first_varied_draw_of_eleven(monkeypatch: pytest.MonkeyPatch
     mask[:20, :30] = 1
     crop = RandomCropMaxRatio(20, 20, cat_max_ratio=0.75)
     draws: list[tuple[int, int, int, int]] = []
-    original = crop._draw
-    monkeypatch.setattr(crop, "_draw", lambda shape: draws.append(original(shape)) or draws[-1])
+    original = crop.draw
+    monkeypatch.setattr(crop, "draw", lambda *size: draws.append(original(*size)) or draws[-1])
     transform = A.Compose([crop])
 
     def varied(box: tuple[int, int, int, int]) -> bool:

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from rich.console import Console
 
-from lk_backbones.tasks import IoUTable, ReproducibleSteps, SamplesSeen, SegmentationOverlays, SegmentationTask
+from lk_backbones.tasks import MetricsTable, Overlays, ReproducibleSteps, SamplesSeen, SegmentationTask
+from lk_backbones.tasks.tables import ap_table, iou_table
 
 from .blocks import NUM_CLASSES, TRAIN_SIZES, UNEVEN_SIZES, Blocks, loader, trainer
 
@@ -32,7 +33,7 @@ def files(folder: Path) -> list[str]:
 
 def test_overlays_of_validation_and_test(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    overlays = SegmentationOverlays(num_pictures=2)
+    overlays = Overlays(num_pictures=2)
     fitter = trainer(tmp_path, logger=logger, callbacks=[overlays], max_epochs=2)
     task = make()
     fitter.fit(task, loader(TRAIN_SIZES, 4), loader(UNEVEN_SIZES))
@@ -52,7 +53,7 @@ def test_overlays_of_validation_and_test(tmp_path: Path) -> None:
 
 
 def test_more_pictures_than_batches(tmp_path: Path) -> None:
-    tester = trainer(tmp_path, callbacks=[SegmentationOverlays(str(tmp_path / "out"), num_pictures=3)])
+    tester = trainer(tmp_path, callbacks=[Overlays(str(tmp_path / "out"), num_pictures=3)])
     tester.test(make(), loader([(32, 48)] * 4, 2), verbose=False)
     assert files(tmp_path / "out") == [f"test/block_{i}.png" for i in range(4)]
 
@@ -67,7 +68,7 @@ def test_predictions_become_files(tmp_path: Path) -> None:
         item["path"], item["original_size"] = [item["path"]], [item["original_size"]]
     task = make()
     data = torch.utils.data.DataLoader(items, batch_size=None)
-    predictor = trainer(tmp_path, callbacks=[SegmentationOverlays(str(tmp_path / "out"))])
+    predictor = trainer(tmp_path, callbacks=[Overlays(str(tmp_path / "out"))])
     results = predictor.predict(task, data)
     names = ["block_0", "other_block_0", "block_2", "block_3", "block_4"]
     assert files(tmp_path / "out") == sorted(f"{d}/{n}.png" for d in ("label_maps", "overlays") for n in names)
@@ -79,10 +80,10 @@ def test_predictions_become_files(tmp_path: Path) -> None:
 
 
 def test_overlays_refuse_other_modules_and_arguments(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="draws a SegmentationTask, not LightningModule"):
-        SegmentationOverlays().setup(trainer(tmp_path), L.LightningModule(), "fit")
+    with pytest.raises(TypeError, match="draws a SegmentationTask or a DetectionTask, not a LightningModule"):
+        Overlays().setup(trainer(tmp_path), L.LightningModule(), "fit")
     with pytest.raises(ValueError, match="opacity=2 in"):
-        SegmentationOverlays(opacity=2)
+        Overlays(opacity=2)
 
 
 # --- table ------------------------------------------------------------------------------------------------
@@ -91,19 +92,31 @@ def test_overlays_refuse_other_modules_and_arguments(tmp_path: Path) -> None:
 def test_table_shows_every_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"val/iou/road": 0.5, "val/iou/sky": float("nan"), "val/mean_iou": 0.25, "val/pixel_accuracy": 0.75}
     console = Console(file=io.StringIO(), width=60)
-    console.print(IoUTable.table(metrics, ["road", "sky"], "val"))
+    console.print(iou_table(metrics, ["road", "sky"], "val"))
     lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
     for expected in (["road", "50.00"], ["sky", "–"], ["mean", "IoU", "25.00"], ["pixel", "accuracy", "75.00"]):
         assert expected in lines
 
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    names += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+    metrics = {f"test/{kind}_{name}": i / 100 for kind in ("box", "mask") for i, name in enumerate(names)}
+    metrics |= {"test/box_ap_large": float("nan"), "test/box_ap/road": 0.5, "test/mask_ap/road": 0.25}
+    console = Console(file=io.StringIO(), width=60)
+    console.print(ap_table(metrics, ["road", "sky"], "test"))
+    lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
+    assert ["AP,", "large", "objects", "–", "5.00"] in lines
+    assert ["AR,", "large", "objects", "11.00", "11.00"] in lines
+    assert ["AP,", "road", "50.00", "25.00"] in lines
+    assert not any("sky" in line for line in lines)
+
     task = make(class_names=list("abcd"))
-    with_table = trainer(tmp_path, callbacks=[IoUTable()])
+    with_table = trainer(tmp_path, callbacks=[MetricsTable()])
     with_table.validate(task, loader(UNEVEN_SIZES), verbose=False)
     assert "Validation" in capsys.readouterr().out
     with_table.test(task, loader(UNEVEN_SIZES), verbose=False)
     assert "Test" in capsys.readouterr().out
     for every, times in ((False, 1), (True, 2)):
-        fitter = trainer(tmp_path, callbacks=[IoUTable(every)], max_epochs=2)
+        fitter = trainer(tmp_path, callbacks=[MetricsTable(every)], max_epochs=2)
         fitter.fit(task, loader(TRAIN_SIZES, 4), loader(UNEVEN_SIZES))
         assert capsys.readouterr().out.count("mean IoU") == times
 

@@ -1,0 +1,313 @@
+"""The base of every data module: data sets and loaders whose order a resumed run repeats, and options in common."""
+
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import albumentations as A
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from lk_backbones.data.classes import ClassTable, Color
+from lk_backbones.data.sampling import (
+    SampleKey,
+    TrainingLoader,
+    TrainingSampler,
+    default_pin_memory,
+    derive_seed,
+    evaluation_loader,
+    init_worker,
+    world,
+)
+
+Split = Literal["train", "val", "test"]
+CheckLevel = Literal["auto", "full", "headers", "off"]
+
+#: Up to this many pictures per split ``check_files="auto"`` reads every file in full.
+FULL_CHECK_LIMIT = 1000
+
+
+class PictureDataset(Dataset[Any], ABC):
+    """A map-style data set of pictures with labels.
+
+    Args:
+        transform: albumentations pipeline.
+        training: Whether samples are augmented, or whole pictures with their original labels.
+    """
+
+    def __init__(self, transform: A.Compose, training: bool):
+        self.transform = transform
+        self.training = training
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """Returns the picture's file, or a name if there is none."""
+
+    def check(self, level: CheckLevel) -> None:
+        """Looks at all files, as far as the level says; there is nothing to look at where pictures are made up.
+
+        Raises:
+            ValueError: A file is unusable; the message names it.
+        """
+
+    def augment(self, key: int | SampleKey, **targets: Any) -> dict[str, Any]:
+        """Runs the pipeline; with a :class:`SampleKey` the augmentation is the one of that seed."""
+        seed = key.seed if isinstance(key, SampleKey) else derive_seed(key)
+        # One stream for the whole pipeline. set_random_seed() would start every transform's own stream with the same
+        # seed, and then a picture would be flipped if and only if it is brightened.
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return self.transform(**targets)
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Base of the data modules: splits, their checks, and loaders.
+
+    The order and the augmentation of training batches depend on the seed, the epoch and the position alone, so a run
+    resumed from any checkpoint sees what an undisturbed one sees. Evaluation loaders give every picture exactly once,
+    also under DDP.
+
+    A subclass gives :meth:`load_classes`, :meth:`make_dataset` and :meth:`collate`, and says which splits it has.
+
+    Args:
+        batch_size: Training pictures per device.
+        val_batch_size: Pictures per device in validation, test and prediction.
+        num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
+            With workers, scripts on Windows and macOS need the usual ``if __name__ == "__main__":``.
+        seed: Of the order and the augmentation. None: the seed of ``seed_everything`` if it was called, else 0. A
+            resumed run takes the seed of its checkpoint.
+        check_files: What to look at in ``setup``: ``"auto"``, ``"full"``, ``"headers"`` or ``"off"``.
+        pin_memory: Whether to load into pinned memory. None: if there is a CUDA device.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 8,
+        val_batch_size: int = 1,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        check_files: CheckLevel = "auto",
+        pin_memory: bool | None = None,
+    ):
+        super().__init__()
+        keep_hyperparameters(self)
+        for name, number, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("num_workers", num_workers or 0, 0),
+            ("seed", seed or 0, 0),
+        ):
+            require_at_least(name, number, least)
+        if check_files not in ("auto", "full", "headers", "off"):
+            raise ValueError(f'check_files must be "auto", "full", "headers" or "off", got {check_files!r}.')
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.num_workers = default_num_workers() if num_workers is None else num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.check_files: CheckLevel = check_files
+        self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
+        self._table: ClassTable | None = None
+        self._datasets: dict[Split, Any] = {}
+        self._state_of_checkpoint: dict[str, Any] = {}
+
+    # --- What a subclass gives -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_classes(self) -> ClassTable:
+        """Returns the classes; called once, when they are first needed."""
+
+    @abstractmethod
+    def make_dataset(self, split: Split) -> PictureDataset:
+        """Returns the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
+
+        Raises:
+            FileNotFoundError: Folders or files are missing; the message names them.
+        """
+
+    @abstractmethod
+    def collate(self, samples: list[Any]) -> Any:
+        """Makes a batch of samples."""
+
+    def make_sampler(self, dataset: Any) -> TrainingSampler:
+        """Returns what orders the training samples."""
+        return TrainingSampler(dataset, self.seed)
+
+    @property
+    def test_split(self) -> Split:
+        """The split that ``test`` uses: the validation split where test labels are not public."""
+        return "val"
+
+    @property
+    def predict_split(self) -> Split:
+        """The split that ``predict`` uses: the test split if there is one, with labels or without."""
+        return self.test_split
+
+    # --- Classes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> ClassTable:
+        """The classes, and the meaning of the values in the label files."""
+        if self._table is None:
+            self._table = self.load_classes()
+        return self._table
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of their index."""
+        return list(self.classes.names)
+
+    @property
+    def class_colors(self) -> list[Color]:
+        """One RGB colour (0 to 255) per class."""
+        return list(self.classes.colors)
+
+    # --- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds the files of the splits that a stage needs, and checks them (once, on the first process).
+
+        Raises:
+            FileNotFoundError: Folders or files are missing.
+            ValueError: Files are unusable. Both name the file or folder and say what would be right.
+        """
+        splits: list[Split] = ["train"] if stage in ("fit", None) else []
+        if stage in ("fit", "validate", None):
+            splits.append("val")
+        if stage in ("test", None):
+            splits.append(self.test_split)
+        if stage in ("predict", None):
+            splits.append(self.predict_split)
+        for split in splits:
+            if split not in self._datasets:
+                dataset = self.make_dataset(split)
+                if world()[1] == 0:
+                    dataset.check(self.check_files)
+                self._datasets[split] = dataset
+
+    def dataset(self, split: Split) -> Any:
+        """Returns the data set of a split that :meth:`setup` has made.
+
+        Raises:
+            RuntimeError: :meth:`setup` was not called for it.
+        """
+        if split not in self._datasets:
+            raise RuntimeError(f"The {split} split is not set up: call setup() first (a Trainer does).")
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader of augmented samples; an incomplete last batch is left out.
+
+        Raises:
+            ValueError: There are fewer training samples per process than ``batch_size``.
+        """
+        dataset = self.dataset("train")
+        sampler = self.make_sampler(dataset)
+        if len(sampler) < self.batch_size:
+            raise ValueError(
+                f"There are {len(sampler)} training pictures per process, fewer than batch_size={self.batch_size}: "
+                f"not one batch can be made. Use batch_size={len(sampler)} or less."
+            )
+        return TrainingLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate_fn=self.collate,
+            drop_last=True,  # batch norm and pyramid pooling fail on a last batch of one
+            worker_init_fn=init_worker,
+            persistent_workers=self.num_workers > 0,
+            batches_done=self._batches_done(),
+        )
+
+    def _batches_done(self) -> Callable[[], int] | None:
+        """Returns what tells how many batches of the epoch that begins were processed before a restart.
+
+        Whether a run is being resumed need not be known yet: where the task asks for the number of steps, Lightning
+        makes the loader before it restores the checkpoint.
+        """
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return None
+        if trainer.train_dataloader is not None:
+            return None  # the training loop has its loader already; this one is for somebody else
+
+        def batches_done() -> int:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if batches:
+                self._warn_if_changed()
+            return batches
+
+        return batches_done
+
+    def _warn_if_changed(self) -> None:
+        now, then = self.state_dict(), self._state_of_checkpoint
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key, now[key]) != now[key]]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint was saved within an epoch, and the data has changed since ({', '.join(changed)}): "
+                "the rest of this epoch will repeat or leave out some samples."
+            )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader of the validation split."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader of the test split, or of the validation split where test labels are not public."""
+        return self._eval_loader(self.test_split)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader of the test split if there is one, else of the validation split."""
+        return self._eval_loader(self.predict_split)
+
+    def _eval_loader(self, split: Split) -> DataLoader[Any]:
+        return evaluation_loader(
+            self.dataset(split), self.val_batch_size, self.num_workers, self.pin_memory, self.collate
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: the seed, and what an epoch was made up of."""
+        samples = len(self._datasets["train"]) if "train" in self._datasets else 0
+        return {"seed": self.seed, "training_images": samples, "batch_size": self.batch_size, "processes": world()[0]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the seed of a checkpoint, so that the run goes on as it began."""
+        self.seed = state_dict["seed"]
+        self._state_of_checkpoint = state_dict
+
+
+def require_at_least(name: str, number: int, least: int) -> None:
+    """Checks a numeric argument.
+
+    Raises:
+        ValueError: It is smaller.
+    """
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+
+
+def keep_hyperparameters(module: LightningDataModule) -> None:
+    """Keeps the constructor's arguments in checkpoints, so that a checkpoint knows what data it was trained on.
+
+    Paths are kept as text: checkpoints are read without unpickling any other type. Loggers already get the task's.
+    """
+    module.save_hyperparameters(logger=False)
+    module.hparams.update({k: os.fspath(v) for k, v in module.hparams.items() if isinstance(v, os.PathLike)})
+
+
+def default_num_workers() -> int:
+    """Returns the number of CPU cores for this process, at most 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)

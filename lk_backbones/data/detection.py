@@ -1,0 +1,230 @@
+"""The base of the detection data modules: data sets, loaders and options that they have in common.
+
+A batch is torchvision's pair of lists, ``(images, targets)``:
+
+- images: float32 `(3, h, w)` each, RGB in [0, 1], not normalised (the detector normalises, resizes in evaluation, and
+  pads to a batch). In evaluation they have their original size.
+- targets: one dictionary per image with ``boxes`` float32 `(N, 4)`, corners ``x1, y1, x2, y2`` in pixels of the image;
+  ``labels`` int64 `(N,)` from 1 to ``num_classes``, as 0 is the background; ``masks`` uint8 `(N, h, w)` of 0 and 1, if
+  there are masks; ``area`` float32 `(N,)`, of the mask if there is one; ``iscrowd`` int64 `(N,)`, 1 where many objects
+  have one outline; ``image_id`` int; ``path``; ``original_size``, the tuple `(H, W)`. N may be 0.
+
+Crowds are for the metrics only: a task leaves them out in training.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import torch
+
+from lk_backbones.data.datamodule import CheckLevel, ImageDataModule, PictureDataset, Split, require_at_least
+from lk_backbones.data.detection_transforms import MULTI_SCALE, detection_train_transform
+from lk_backbones.data.sampling import GroupedTrainingSampler, SampleKey, TrainingSampler
+from lk_backbones.data.transforms import eval_transform
+
+Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
+
+
+@dataclass
+class Objects:
+    """The objects of a picture.
+
+    Attributes:
+        boxes: float32 `(N, 4)`, corners in pixels.
+        labels: int64 `(N,)`, from 1.
+        iscrowd: int64 `(N,)`, 0 or 1.
+        area: float32 `(N,)`, in pixels.
+        masks: uint8 `(N, H, W)` of 0 and 1, or None.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    iscrowd: np.ndarray
+    area: np.ndarray
+    masks: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class DetectionDataset(PictureDataset):
+    """A map-style data set of pictures with boxes and, if wanted, masks.
+
+    Its pipeline takes in training what :func:`~lk_backbones.data.detection_transforms.detection_train_transform` takes,
+    in evaluation ``image``, of which it must not change the size.
+    """
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[np.ndarray, Objects]:
+        """Returns the picture, uint8 RGB `(H, W, 3)`, and its objects.
+
+        Raises:
+            IndexError: There is no such sample.
+            ValueError: A file is unusable; the message names it.
+        """
+
+    @abstractmethod
+    def image_id(self, index: int) -> int:
+        """Returns the number that results are reported under."""
+
+    @abstractmethod
+    def aspect_ratio(self, index: int) -> float:
+        """Returns width / height of a picture, without reading it."""
+
+    def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Returns one picture and its target; with a :class:`SampleKey` the augmentation is the one of that seed."""
+        index = key.sample if isinstance(key, SampleKey) else key
+        picture, objects = self.load(index)
+        size = picture.shape[:2]
+        if self.training:
+            image, objects = self._augmented(key, picture, objects)
+        else:
+            image = self.transform(image=picture)["image"]
+        target: dict[str, Any] = {
+            "boxes": torch.from_numpy(objects.boxes),
+            "labels": torch.from_numpy(objects.labels),
+            "area": torch.from_numpy(objects.area),
+            "iscrowd": torch.from_numpy(objects.iscrowd),
+            "image_id": self.image_id(index),
+            "path": self.path(index),
+            "original_size": (size[0], size[1]),
+        }
+        if objects.masks is not None:
+            target["masks"] = torch.from_numpy(objects.masks)
+        return image, target
+
+    def _augmented(self, key: int | SampleKey, picture: np.ndarray, objects: Objects) -> tuple[torch.Tensor, Objects]:
+        """Augments; objects that are left outside, or without a pixel of their mask, are dropped."""
+        height, width = picture.shape[:2]
+        boxes = objects.boxes.clip(0, [width, height, width, height])
+        targets: dict[str, Any] = {"image": picture, "bboxes": boxes, "places": np.arange(len(objects))}
+        if objects.masks is not None and len(objects):
+            targets["masks"] = objects.masks
+        augmented = self.augment(key, **targets)
+        image: torch.Tensor = augmented["image"]
+        places = np.asarray(augmented["places"], np.int64).reshape(-1)
+        boxes = np.asarray(augmented["bboxes"], np.float32).reshape(-1, 4)
+        masks = None
+        if objects.masks is not None:
+            masks = np.zeros((0, *image.shape[1:]), np.uint8)
+            if len(places):
+                masks = np.stack([np.asarray(augmented["masks"][place]) for place in places])
+                seen = masks.any(axis=(1, 2))
+                places, boxes, masks = places[seen], boxes[seen], masks[seen]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        area = sides.prod(axis=1) if masks is None else masks.sum(axis=(1, 2)).astype(np.float32)
+        return image, Objects(boxes, objects.labels[places], objects.iscrowd[places], area, masks)
+
+
+def collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
+    """Makes a batch: two lists, as pictures and numbers of objects differ in size."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+class DetectionDataModule(ImageDataModule):
+    """Base of the detection data modules.
+
+    Training pictures are augmented as published (see :mod:`lk_backbones.data.detection_transforms`), evaluation gives
+    them whole, at their original size. Order, augmentation and the loaders are those of every data module
+    (:class:`~lk_backbones.data.datamodule.ImageDataModule`).
+
+    A subclass gives :meth:`load_classes` and :meth:`make_dataset`, and says which splits it has.
+
+    Args:
+        batch_size: Training pictures per device.
+        val_batch_size: Pictures per device in validation, test and prediction; they may differ in size.
+        num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
+        sizes: Lengths in pixels of the short side, one of which is drawn for every training picture.
+        max_size: Largest length of the long side in training.
+        crop_probability: Share of training pictures that are cropped before they are resized.
+        crop_range: Smallest and largest side of that crop.
+        flip_probability: Share of training pictures that are mirrored.
+        color_jitter: Whether to distort the colours of training pictures.
+        group_by_aspect: Whether batches hold either upright or lying pictures, which saves padding.
+        seed: Of the order and the augmentation. None: the seed of ``seed_everything`` if it was called, else 0. A
+            resumed run takes the seed of its checkpoint.
+        check_files: What to look at in ``setup``; see the subclass.
+        pin_memory: Whether to load into pinned memory. None: if there is a CUDA device.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 2,
+        val_batch_size: int = 1,
+        num_workers: int | None = None,
+        sizes: Sequence[int] = MULTI_SCALE,
+        max_size: int = 1333,
+        crop_probability: float = 0.5,
+        crop_range: tuple[int, int] = (384, 600),
+        flip_probability: float = 0.5,
+        color_jitter: bool = False,
+        group_by_aspect: bool = True,
+        seed: int | None = None,
+        check_files: CheckLevel = "auto",
+        pin_memory: bool | None = None,
+    ):
+        super().__init__(batch_size, val_batch_size, num_workers, seed, check_files, pin_memory)
+        if not sizes:
+            raise ValueError("sizes must hold at least one length of the short side, in pixels.")
+        for name, number in (("sizes", min(sizes)), ("max_size", max_size), ("crop_range", crop_range[0])):
+            require_at_least(name, number, 1)
+        if crop_range[0] > crop_range[1]:
+            raise ValueError(f"crop_range must be (smallest, largest) side, got {tuple(crop_range)}.")
+        for name, share in (("crop_probability", crop_probability), ("flip_probability", flip_probability)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {share}.")
+        self.sizes = tuple(sizes)
+        self.max_size = max_size
+        self.crop_probability = crop_probability
+        self.crop_range = (crop_range[0], crop_range[1])
+        self.flip_probability = flip_probability
+        self.color_jitter = color_jitter
+        self.group_by_aspect = group_by_aspect
+
+    @abstractmethod
+    def make_dataset(self, split: Split) -> DetectionDataset:
+        """Returns the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
+
+        Raises:
+            FileNotFoundError: Folders or files are missing; the message names them.
+        """
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether targets have masks; known after :meth:`setup`."""
+        return True
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data set's own id of every class, in the order of the labels: label 1 is ``category_ids[0]``."""
+        return sorted(self.classes.class_of_label, key=self.classes.class_of_label.__getitem__)
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """See :func:`collate`."""
+        return collate(samples)
+
+    def make_sampler(self, dataset: DetectionDataset) -> TrainingSampler:
+        """Returns what orders the training samples."""
+        if not self.group_by_aspect:
+            return super().make_sampler(dataset)
+        upright = [int(dataset.aspect_ratio(index) < 1) for index in range(len(dataset))]
+        return GroupedTrainingSampler(dataset, upright, self.batch_size, self.seed)
+
+    def train_transform(self) -> A.Compose:
+        """Returns the training pipeline; override it to augment differently."""
+        return detection_train_transform(
+            self.sizes,
+            self.max_size,
+            self.crop_probability,
+            self.crop_range,
+            self.flip_probability,
+            self.color_jitter,
+        )
+
+    def eval_transform(self) -> A.Compose:
+        """Returns the pipeline for validation, test and prediction, which takes ``image``."""
+        return eval_transform()

@@ -1,0 +1,120 @@
+"""Results as tables in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.table import Table
+
+from lk_backbones.tasks.detection import DetectionTask
+from lk_backbones.tasks.segmentation import SegmentationTask
+
+__all__ = ["MetricsTable", "ap_table", "iou_table"]
+
+_TITLES = {"val": "Validation", "test": "Test"}
+# COCO's twelve numbers, as its own summary names them
+_COCO_ROWS = (
+    ("ap", "AP, IoU 50 to 95 %"),
+    ("ap50", "AP, IoU 50 %"),
+    ("ap75", "AP, IoU 75 %"),
+    ("ap_small", "AP, small objects"),
+    ("ap_medium", "AP, medium objects"),
+    ("ap_large", "AP, large objects"),
+    ("ar1", "AR, 1 detection"),
+    ("ar10", "AR, 10 detections"),
+    ("ar100", "AR, 100 detections"),
+    ("ar_small", "AR, small objects"),
+    ("ar_medium", "AR, medium objects"),
+    ("ar_large", "AR, large objects"),
+)
+
+
+class MetricsTable(L.Callback):
+    """Print a table of results at the end of a training, a validation or a test.
+
+    For a `SegmentationTask` the IoU of every class, mean IoU and pixel accuracy; for a `DetectionTask` COCO's twelve
+    numbers and, if the task measures it, the AP of every class.
+
+    Args:
+        every_validation: Print after each validation during training too.
+    """
+
+    def __init__(self, every_validation: bool = False) -> None:
+        self.every_validation = every_validation
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the table, if it is not that of a validation during training or those are wanted."""
+        during_training = trainer.state.fn == TrainerFn.FITTING
+        if not trainer.sanity_checking and (self.every_validation or not during_training):
+            self._print(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the table of the test."""
+        self._print(trainer, pl_module, "test")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the table of the last validation, if there was one."""
+        if not self.every_validation and any(key.startswith("val/") for key in trainer.callback_metrics):
+            self._print(trainer, pl_module, "val")
+
+    def _print(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        if isinstance(task, SegmentationTask):
+            Console().print(iou_table(trainer.callback_metrics, task.class_names, stage))
+        elif isinstance(task, DetectionTask):
+            Console().print(ap_table(trainer.callback_metrics, task.class_names, stage))
+
+
+def iou_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) -> Table:
+    """Make the table of a segmentation.
+
+    Args:
+        metrics: ``trainer.callback_metrics``.
+        class_names: Names of the classes.
+        stage: ``"val"`` or ``"test"``.
+
+    Returns:
+        A table; classes that occur nowhere show a dash.
+    """
+    table = Table(title=_TITLES[stage], show_footer=True)
+    table.add_column("class", footer="mean IoU\npixel accuracy")
+    footer = "\n".join(_percent(metrics[f"{stage}/{key}"]) for key in ("mean_iou", "pixel_accuracy"))
+    table.add_column("IoU %", justify="right", footer=footer)
+    for name in class_names:
+        table.add_row(name, _percent(metrics[f"{stage}/iou/{name}"]))
+    return table
+
+
+def ap_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) -> Table:
+    """Make the table of a detection.
+
+    Args:
+        metrics: ``trainer.callback_metrics``.
+        class_names: Names of the classes.
+        stage: ``"val"`` or ``"test"``.
+
+    Returns:
+        A table; what was not there to be measured shows a dash.
+    """
+    kinds = [kind for kind in ("box", "mask") if f"{stage}/{kind}_ap" in metrics]
+    table = Table(title=_TITLES[stage])
+    table.add_column("%")
+    for kind in kinds:
+        table.add_column({"box": "boxes", "mask": "masks"}[kind], justify="right")
+    for key, title in _COCO_ROWS:
+        table.add_row(
+            title, *(_percent(metrics[f"{stage}/{kind}_{key}"]) for kind in kinds), end_section=key == "ar_large"
+        )
+    for name in class_names:
+        if f"{stage}/box_ap/{name}" in metrics:
+            table.add_row(f"AP, {name}", *(_percent(metrics[f"{stage}/{kind}_ap/{name}"]) for kind in kinds))
+    return table
+
+
+def _percent(value: Any) -> str:
+    number = 100 * float(value)
+    return "–" if np.isnan(number) else f"{number:.2f}"
