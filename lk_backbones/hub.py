@@ -29,7 +29,7 @@ from lk_backbones._hub.build import build_model
 from lk_backbones._hub.layout import RepositoryInfo, write_repository
 from lk_backbones.encoders.loading import find_encoder, is_dense_model, load_encoder
 from lk_backbones.tasks.base import BaseTask
-from lk_backbones.tasks.openmmlab import openmmlab_state_dict
+from lk_backbones.tasks.openmmlab import openmmlab_state_dict, unused_keys
 from lk_backbones.weights import (
     DownloadError,
     LoadReport,
@@ -100,9 +100,7 @@ def load_weights(
     report = LoadReport(weights.source)
     for reason, keys in weights.skipped.items():
         report.skip(reason, keys)
-    used = {id(value) for value in state.values()}
-    unused = [key for key, value in (weights.state_dict | weights.extra).items() if id(value) not in used]
-    report.skip("the model has no such part", unused)
+    report.skip("the model has no such part", unused_keys(model, weights.state_dict | weights.extra, state))
     hint = ". load_weights(model.encoder, …) takes the encoder alone" if hasattr(model, "encoder") else ""
     load_state(model, state, report, "strict" if strict else "partial", _describe(model), lambda: hint)
     return report
@@ -117,13 +115,13 @@ def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Te
             return None
         try:
             return openmmlab_state_dict(task, state)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise WeightMismatchError(
                 f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(model)}: "
                 f"{error.args[0]}. load_weights(model.encoder, …) takes its backbone alone"
             ) from error
     if isinstance(model, BaseTask):
-        if any(key.startswith("model.encoder.") for key in state):
+        if any(key.startswith(("model.encoder.", "model.backbone.encoder.")) for key in state):
             return dict(state)
         if _is_smp_model(state):
             return {f"model.{key}": value for key, value in state.items()} | weights.extra

@@ -8,9 +8,9 @@ from torch import nn
 
 import lk_backbones.tasks
 from lk_backbones.encoders.loading import fitting_arguments, fitting_encoders, is_dense_model
-from lk_backbones.tasks import SegmentationTask
-from lk_backbones.tasks.base import BaseTask, without_encoder_weights
-from lk_backbones.tasks.openmmlab import upernet_arguments
+from lk_backbones.tasks import DetectionTask, SegmentationTask
+from lk_backbones.tasks.base import BaseTask, class_name_of, without_encoder_weights
+from lk_backbones.tasks.openmmlab import detector_arguments, upernet_arguments
 from lk_backbones.weights.catalogue import identify_published, list_published
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.sources import Weights
@@ -36,7 +36,7 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
     if "hyper_parameters" in own:
         return _task(own.get("class", "SegmentationTask"), own["hyper_parameters"], weights)
     if weights.hyper_parameters:
-        return _task(_task_class_of(weights.hyper_parameters), weights.hyper_parameters, weights)
+        return _task(class_name_of(weights.hyper_parameters), weights.hyper_parameters, weights)
     if "_model_class" in weights.config:
         return _smp_model(weights)
     if "architecture" in weights.config:
@@ -48,11 +48,6 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
         known = full_name in timm.list_models(f"{weights.config['architecture']}.*", include_tags=True)
         return timm.create_model(full_name if known else weights.config["architecture"], **arguments)
     return _published_model(weights, name or (weights.published.name if weights.published else None), kwargs or {})
-
-
-def _task_class_of(hyper_parameters: dict[str, Any]) -> str:
-    """Which task a checkpoint is of: the command line notes it, a bare trainer does not."""
-    return str(hyper_parameters.get("_class_path", "SegmentationTask")).rpartition(".")[2]
 
 
 def _task(class_name: str, hyper_parameters: dict[str, Any], weights: Weights) -> BaseTask:
@@ -91,14 +86,17 @@ def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any])
             f"'{weights.source}' does not say what model it is of, and {possible}: name it, with --model"
         )
     if is_dense_model(state):
-        if not any(key.startswith("decode_head.") for key in state):
+        segments = any(key.startswith("decode_head.") for key in state)
+        try:
+            arguments = upernet_arguments(state) if segments else detector_arguments(state)
+        except KeyError as error:
             raise WeightsError(
-                f"'{weights.source}' is a whole OpenMMLab detector, which this version cannot turn into a model; "
-                f"load_weights(model, …) takes its backbone"
-            )
-        encoder_kwargs = fitting_arguments(encoders[0], state) | kwargs
-        task_arguments = upernet_arguments(state) | _preprocessing(weights, name, encoders[0])
-        return SegmentationTask(encoder=encoders[0], encoder_kwargs=encoder_kwargs, **task_arguments)
+                f"'{weights.source}' is a whole OpenMMLab model of an unknown kind (it lacks {error}); UPerNet, Cascade "
+                f"Mask R-CNN and FCOS are known. load_weights(model, …) takes its backbone"
+            ) from error
+        arguments |= _preprocessing(weights, name, encoders[0])
+        arguments |= {"encoder": encoders[0], "encoder_kwargs": fitting_arguments(encoders[0], state) | kwargs}
+        return SegmentationTask(**arguments) if segments else DetectionTask(**arguments)
     classes = [len(value) for key, value in state.items() if key in _CLASSIFIER_WEIGHTS]
     name = name if name in encoders else encoders[0]
     return timm.create_model(name, num_classes=classes[0] if classes else 0, **kwargs)

@@ -104,6 +104,8 @@ def _from_checkpoint(args: list[str]) -> list[str]:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the file is not a checkpoint of one of our tasks.
     """
+    from lk_backbones.tasks.base import class_name_of
+
     path = _option(args, "--ckpt_path")
     if args[0] == "fit" or path is None or path in ("best", "last", "null") or path.startswith("hf-hub:"):
         return args
@@ -118,9 +120,7 @@ def _from_checkpoint(args: list[str]) -> list[str]:
     known = []
     has_config = _option(args, "--config") is not None
     if not has_config and not any(arg.split("=")[0] == "--model" for arg in args):
-        # Lightning's own trainer does not say which task it was
-        task = "DetectionTask" if "category_ids" in hyper_parameters else "SegmentationTask"
-        class_path = hyper_parameters.pop("_class_path", f"lk_backbones.tasks.{task}")
+        class_path = hyper_parameters.pop("_class_path", f"lk_backbones.tasks.{class_name_of(hyper_parameters)}")
         known += ["--model", _config(class_path, hyper_parameters)]
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     given = any(arg.split("=")[0] in ("--data", "--pictures") for arg in args)

@@ -1,8 +1,7 @@
 """Detectors by name: any smp encoder under a feature pyramid, with torchvision's heads or those it lacks."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from lk_backbones.heads.predictors import BoxPredictor, MaskPredictor, RetinaNet
 from lk_backbones.heads.protocol import Detector
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PyramidAnchorGenerator, PyramidRoIAlign
+from lk_backbones.weights.errors import nearest
 
 __all__ = ["DETECTORS", "build_detector", "published_state_dict"]
 
@@ -166,14 +166,14 @@ def build_detector(
     """
     if architecture not in _BUILDERS:
         raise ValueError(
-            f"unknown detector '{architecture}'{_nearest(architecture, DETECTORS)}; there are {', '.join(DETECTORS)}"
+            f"unknown detector '{architecture}'{nearest(architecture, DETECTORS)}; there are {', '.join(DETECTORS)}"
         )
     builder, sources = _BUILDERS[architecture]
     known = {name for source in sources for name in inspect.signature(source).parameters} - _RESERVED
     known |= {"fpn_channels", "fpn_batch_norm"}
     for name in kwargs:
         if name not in known:
-            raise ValueError(f"'{architecture}' has no argument '{name}', only {sorted(known)}{_nearest(name, known)}")
+            raise ValueError(f"'{architecture}' has no argument '{name}', only {sorted(known)}{nearest(name, known)}")
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1 (background does not count)")
     channels = getattr(encoder, "_in_channels", len(mean))
@@ -197,11 +197,6 @@ def build_detector(
     )
     detector.num_classes = num_classes
     return detector
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def published_state_dict(detector: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from lk_backbones.tasks.optim import (
     warmup_step_scheduler,
 )
 
-__all__ = ["BaseTask", "check_shared_arguments", "mean_and_std", "without_encoder_weights"]
+__all__ = ["BaseTask", "check_shared_arguments", "class_name_of", "mean_and_std", "without_encoder_weights"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,6 +43,15 @@ def without_encoder_weights() -> Iterator[None]:
         yield
     finally:
         _skip_encoder_weights.reset(token)
+
+
+def class_name_of(hyper_parameters: Mapping[str, Any]) -> str:
+    """Name of the task class that hyper-parameters in a checkpoint are of.
+
+    The command line notes it in the checkpoint. A bare trainer does not; only detectors number their categories.
+    """
+    bare = "DetectionTask" if "category_ids" in hyper_parameters else "SegmentationTask"
+    return str(hyper_parameters.get("_class_path", bare)).rpartition(".")[2]
 
 
 class BaseTask(L.LightningModule):

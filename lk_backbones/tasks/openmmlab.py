@@ -1,4 +1,4 @@
-"""Published OpenMMLab models (UPerNet on a RepLKNet, and their like) in our tasks.
+"""Published OpenMMLab models (UPerNet, Cascade Mask R-CNN and FCOS on large-kernel backbones) in our tasks.
 
 `openmmlab_state_dict` is one function for all tasks: each kind of task registers its own conversion with it.
 """
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from lk_backbones.encoders.timm_names import family_filter, timm_model, timm_names
+from lk_backbones.heads.detection import published_state_dict
 from lk_backbones.heads.upernet import checkpoint_filter_fn
+from lk_backbones.tasks.detection import DetectionTask
 from lk_backbones.tasks.segmentation import SegmentationTask
 
-__all__ = ["openmmlab_encoder", "openmmlab_state_dict", "upernet_arguments"]
+__all__ = ["detector_arguments", "openmmlab_encoder", "openmmlab_state_dict", "unused_keys", "upernet_arguments"]
 
 
 @singledispatch
@@ -31,15 +33,17 @@ def openmmlab_state_dict(task: Any, state_dict: Mapping[str, torch.Tensor]) -> d
 
     Args:
         task: For `SegmentationTask`: with the architecture ``upernet_openmmlab`` on a timm encoder; with an auxiliary
-            head, as published, or without one, whose keys are then left out.
-        state_dict: Keys ``backbone.*`` and those of the heads, such as ``decode_head.*`` and ``auxiliary_head.*``.
+            head, as published, or without one, whose keys are then left out. For `DetectionTask`: a cascade, with masks
+            or, leaving out the published ones, without, or ``fcos``.
+        state_dict: Keys ``backbone.*`` and those of the heads, such as ``decode_head.*`` and ``auxiliary_head.*``, or
+            ``neck.*``, ``rpn_head.*`` and ``roi_head.*``.
 
     Returns:
         State dict for ``task.load_state_dict``, which reports whatever does not fit. No other key is dropped.
 
     Raises:
         TypeError: If no conversion is known for this kind of task.
-        ValueError: If the encoder is not a timm model.
+        ValueError: If the encoder is not a timm model, or the detector is one that nobody published.
         KeyError: If a key belongs to none of the model's parts, or to no head that is known.
     """
     raise TypeError(f"no OpenMMLab model is known that would fit into a {type(task).__name__}")
@@ -59,6 +63,37 @@ def _(task: SegmentationTask, state_dict: Mapping[str, torch.Tensor]) -> dict[st
         renamed |= checkpoint_filter_fn(parts["auxiliary_head"])
     encoder = openmmlab_encoder(task.encoder, task.hparams["encoder_kwargs"] or {}, parts["backbone"])
     return renamed | {f"model.encoder.{key}": value for key, value in encoder.items()}
+
+
+@openmmlab_state_dict.register
+def _(task: DetectionTask, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    backbone = {key: value for key, value in state_dict.items() if key.startswith("backbone.")}
+    others = {key: value for key, value in state_dict.items() if key not in backbone}
+    encoder = openmmlab_encoder(task.encoder, task.hparams["encoder_kwargs"] or {}, backbone)
+    renamed = {f"model.{key}": value for key, value in published_state_dict(task.model, others).items()}
+    return renamed | {f"model.backbone.encoder.{key}": value for key, value in encoder.items()}
+
+
+def unused_keys(
+    task: nn.Module, state_dict: Mapping[str, torch.Tensor], renamed: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Keys of a checkpoint that are in nothing that was made of it.
+
+    Args:
+        task: What the checkpoint goes into.
+        state_dict: The checkpoint.
+        renamed: The same by the names of ``task``.
+
+    Returns:
+        The keys.
+    """
+    used = {id(value) for value in renamed.values()}
+    unused = [key for key, value in state_dict.items() if id(value) not in used]
+    if isinstance(task, DetectionTask):  # some of its tensors are put in another order, and are new ones then
+        own = [key for key in unused if not key.startswith(("backbone.", "model."))]
+        made = {key for key in own if published_state_dict(task.model, {key: state_dict[key]})}
+        unused = [key for key in unused if key not in made]
+    return unused
 
 
 def openmmlab_encoder(
@@ -109,3 +144,24 @@ def upernet_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         arguments["auxiliary_weight"] = 0.4
         arguments["auxiliary_channels"] = len(state_dict["auxiliary_head.convs.0.conv.weight"])
     return arguments
+
+
+def detector_arguments(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What a published detector's checkpoint tells of the task that it fits into, beside the encoder.
+
+    Args:
+        state_dict: Keys ``roi_head.*`` of a cascade, or ``bbox_head.*`` of FCOS.
+
+    Returns:
+        Arguments of `DetectionTask`.
+
+    Raises:
+        KeyError: If there is neither.
+    """
+    if "bbox_head.conv_cls.weight" in state_dict:
+        return {"architecture": "fcos", "num_classes": len(state_dict["bbox_head.conv_cls.weight"])}
+    with_masks = any(key.startswith("roi_head.mask_head.") for key in state_dict)
+    return {
+        "architecture": "cascade_mask_rcnn" if with_masks else "cascade_rcnn",
+        "num_classes": len(state_dict["roi_head.bbox_head.0.fc_cls.weight"]) - 1,  # without the background
+    }

@@ -13,13 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lk_backbones import hub as lk_hub
+from lk_backbones._hub.build import build_model
 from lk_backbones.cli import main
-from lk_backbones.tasks import SegmentationTask
+from lk_backbones.tasks import DetectionTask, SegmentationTask
+from lk_backbones.tasks.openmmlab import openmmlab_state_dict, unused_keys
 from lk_backbones.weights import Weights
 from tests.conftest import assert_golden, load_golden, load_manifest
 
 TINY = {"depths": (1, 1, 2, 1), "channels": (8, 16, 32, 64), "kernel_sizes": (31, 29, 27, 13)}
 SMALL = {"kernel_sizes": 3, "depths": (1, 1, 1, 1)}
+CASCADE_TINY = {"box_head_channels": 16, "box_head_fc_channels": 32, "mask_head_channels": 16}
+FIRST_CONV = "backbone.stem.0.conv.weight"
 
 
 def tiny(**kwargs) -> nn.Module:
@@ -273,18 +277,78 @@ def test_a_whole_published_segmentation_model(tmp_path: Path, head: str) -> None
     assert any((auxiliary - value).abs().max() <= 2e-5 * value.abs().max() for value in names.values())
 
 
-def test_a_detector_gives_its_backbone_and_says_so(tmp_path: Path) -> None:
-    backbone = load_golden("replknet_tiny")
-    state = {f"backbone.{k}": v for k, v in backbone["state"].items() if not k.startswith(("head.", "norm."))}
-    weights = Weights(state | {"neck.lateral_convs.0.conv.bias": torch.ones(1)}, {}, "cascade.pth", Path("cascade.pth"))
+def published_detector(fixture: str, part: str) -> dict[str, torch.Tensor]:
+    """A whole OpenMMLab detector on the tiny RepLKNet: the golden backbone under golden pyramid and heads."""
+    backbone = load_golden("replknet_tiny")["state"]
+    state = {f"backbone.{k}": v for k, v in backbone.items() if not k.startswith(("head.", "norm."))}
+    heads = load_golden(fixture)["state"]
+    assert any(key.startswith(part) for key in heads)
+    return state | heads
+
+
+def test_published_cascade_into_a_task(tmp_path: Path) -> None:
+    state = published_detector("cascade_tiny", "roi_head.mask_head.")
+    weights = Weights(state, {}, "cascade.pth", Path("cascade.pth"))
+    arguments = {"encoder_kwargs": TINY, "architecture_kwargs": {"fpn_channels": 16, **CASCADE_TINY}, "num_classes": 5}
+    task = DetectionTask("cascade_mask_rcnn", "replknet_31n", **arguments).eval()
+    report = lk_hub.load_weights(task, weights)
+    assert not report.missing
+    assert not report.skipped
+    assert torch.equal(task.model.backbone.state_dict()["encoder.model.stem_0.conv.weight"], state[FIRST_CONV])
+    ours = task.model.roi_heads.stages[2].box_predictor.cls_score.bias
+    assert torch.equal(ours.roll(-1, dims=0), state["roi_head.bbox_head.2.fc_cls.bias"])  # the background comes first
+
+    without = DetectionTask("cascade_rcnn", "replknet_31n", **arguments)
+    report = lk_hub.load_weights(without, weights)
+    assert sorted(key for keys in report.skipped.values() for key in keys) == sorted(
+        key for key in state if ".mask_head." in key
+    )
+    # a whole one goes nowhere else, but its backbone does
     encoder = smp.encoders.get_encoder("tu-replknet_31n", weights=None, **TINY)
     report = lk_hub.load_weights(encoder, weights)
-    assert list(report.skipped.values()) == [["neck.lateral_convs.0.conv.bias"]]
+    assert set(next(iter(report.skipped.values()))) == {key for key in state if not key.startswith("backbone.")}
     task = SegmentationTask("unet", "replknet_31n", encoder_kwargs=TINY, num_classes=2)
     with pytest.raises(
-        lk_hub.WeightMismatchError, match=r"whole OpenMMLab model.*'neck\..*load_weights\(model\.encoder"
+        lk_hub.WeightMismatchError, match=r"whole OpenMMLab model.*'(neck|rpn_head|roi_head)\..*load_weights\(model"
     ):
         lk_hub.load_weights(task, weights)
+
+
+def test_full_size_detectors_are_told_from_their_files(tmp_path: Path) -> None:
+    (tmp_path / "published.pth").touch()  # it is looked up by its checksum
+    for manifest, expected in (
+        ("cascade_replknet_31b_coco", ("cascade_mask_rcnn", "replknet_31b", 80)),
+        ("fcos_replknet_31b_coco", ("fcos", "replknet_31b", 80)),
+    ):
+        shapes = load_manifest(manifest)["state_dict"]
+        state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        with torch.device("meta"):
+            task = build_model(Weights(state, {}, "published.pth", tmp_path / "published.pth"))
+        assert isinstance(task, DetectionTask)
+        assert tuple(task.hparams[key] for key in ("architecture", "encoder", "num_classes")) == expected
+        renamed = openmmlab_state_dict(task, state)
+        assert renamed.keys() == task.state_dict().keys()
+        assert {key: v.shape for key, v in renamed.items()} == {k: v.shape for k, v in task.state_dict().items()}
+        assert unused_keys(task, state, renamed) == []
+
+
+@pytest.mark.parametrize("architecture", ["cascade_mask_rcnn", "fcos"])
+def test_a_detection_task_comes_back_from_its_repository(tmp_path: Path, architecture: str) -> None:
+    torch.manual_seed(0)
+    task = DetectionTask(
+        architecture, "replknet_31n", encoder_kwargs=SMALL, num_classes=3, min_size=64, max_size=96,
+        architecture_kwargs={"box_score_thresh": 0.0, "box_detections_per_img": 5},
+    ).eval()  # fmt: skip
+    folder = lk_hub.push(task, "me/detector", folder=tmp_path / "detector", dry_run=True)
+    again = lk_hub.load_model(folder)
+    assert isinstance(again, DetectionTask)
+    image = torch.rand(3, 64, 80)
+    (expected,), (actual,) = task([image]), again([image])
+    assert expected.keys() == actual.keys()
+    assert len(expected["boxes"])
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+    assert "object-detection" in (tmp_path / "detector" / "README.md").read_text()
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
