@@ -22,7 +22,7 @@ from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
 # The weight gradient uses the output's gradient as the kernel, and oneDNN keeps tables per tap: bands bound them.
 MAX_TAPS = 4096
 
-# Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths on one thread and two.
+# Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths, one thread and two.
 FFT_COST = {"AVX512": 10.0, "AVX2": 4.5}  # per transformed value and per log2 of their number, by vector instructions
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
 COPY_COST = 30.0  # per value that changes its memory format
