@@ -107,8 +107,8 @@ def measure(kind: str, batch: int, size: int, seconds: float) -> dict[str, objec
 def table(results: list[dict]) -> str:
     """Markdown: medians, bests and the ratio of each contestant's median to ours."""
     lines = [
-        "Milliseconds, median (best) of interleaved rounds, float32. × = that model's median over ours: above 1 ours is "
-        "faster. Memory: most that PyTorch held at once beyond the parameters.",
+        "Milliseconds, median (best) of interleaved rounds, float32. × = that model's median over ours: above 1 ours "
+        "is faster. Memory: most that PyTorch held at once beyond the parameters.",
         "",
     ]
     for result in results:

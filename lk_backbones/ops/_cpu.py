@@ -22,11 +22,9 @@ from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
 # The weight gradient uses the output's gradient as the kernel, and oneDNN keeps tables per tap: bands bound them.
 MAX_TAPS = 4096
 
-# Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths. Transforms gain less
-# from further threads, as each is many short parallel loops.
+# Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths, one thread and two.
 FFT_COST = {"AVX512": 10.0, "AVX2": 4.5}  # per transformed value and per log2 of their number, by vector instructions
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
-THREADED_FFT = 1.2
 COPY_COST = 30.0  # per value that changes its memory format
 
 
@@ -35,7 +33,6 @@ def plan(
     kernel_size: tuple[int, int],
     dtype: torch.dtype,
     channels_last: bool,
-    threads: int,
 ) -> Plan:
     """Choose the paths.
 
@@ -44,7 +41,6 @@ def plan(
         kernel_size: ``(kH, kW)``, odd, at most ``(2H - 1, 2W - 1)``.
         dtype: Of the input.
         channels_last: Whether the input is laid out in channels_last.
-        threads: Number of threads that PyTorch uses.
     """
     instructions = _instructions()
     (batch, channels, height, width), (kernel_height, kernel_width) = shape, kernel_size
@@ -56,7 +52,6 @@ def plan(
     taps = math.ceil(taps * math.ceil(channels / lanes) * lanes / channels)
     rows, columns = _fft.transform_size((height, width), kernel_size)
     transform = FFT_COST.get(instructions, FFT_COST["AVX2"]) * rows * columns * math.log2(rows * columns)
-    transform *= THREADED_FFT if threads > 1 else 1
     if instructions not in FFT_COST and kernel_width // 2 > widest_padding():
         transform /= SLOW_DIRECT
     copy = COPY_COST * height * width
@@ -76,7 +71,7 @@ def plan(
     return Plan(
         forward,
         "fft" if possible and fft_backward < direct_backward else "direct",
-        f"{instructions} with {threads} thread(s), {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
+        f"{instructions}, {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
         f"fft over direct: {fft_forward / direct_forward:.2f} forward, {fft_backward / direct_backward:.2f} backward",
     )
 

@@ -76,7 +76,6 @@ def plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, 
         dilation,
         resolve_method(method),
         device,
-        torch.get_num_threads(),
     )
 
 
@@ -89,7 +88,6 @@ def _plan(
     dilation: tuple[int, int],
     method: str,
     device: str,
-    threads: int,
 ) -> Plan:
     if 0 in input_shape:
         return Plan("native", "native", "the input is empty")
@@ -103,7 +101,7 @@ def _plan(
     kernel_size = crop_kernel(whole_kernel, (rows, columns))
     if device == "cuda":
         return _cuda.plan(shape, kernel_size, dtype)
-    chosen = _cpu.plan(shape, kernel_size, dtype, channels_last, threads)
+    chosen = _cpu.plan(shape, kernel_size, dtype, channels_last)
     if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,8 +15,8 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """1×1 convolution, the same numbers as ``torch.nn.functional.conv2d(input, weight, bias)`` up to float rounding.
 
     In channels_last a 1×1 convolution is the product of a matrix ``(N * H * W, C)`` and the weight. On CPUs a plain
-    matrix product computes it faster than oneDNN's convolution, which rearranges the weight on every call and copies its
-    gradient back. Elsewhere, for other memory formats, and for exporters and tracers it is PyTorch's convolution.
+    matrix product computes it faster than oneDNN's convolution, which rearranges the weight on every call and copies
+    its gradient back. Elsewhere, in other memory formats, and for exporters and tracers it is PyTorch's convolution.
 
     Args:
         input: ``(N, C, H, W)``, floating point.
