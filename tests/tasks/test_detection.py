@@ -20,15 +20,21 @@ from .oracle import make, oracle_task
 
 
 def scenes(**kwargs: Any) -> SyntheticScenesDetectionDataModule:
-    defaults = {"image_size": (64, 64), "train_images": 4, "val_images": 2, "batch_size": 2, "num_workers": 0}
+    defaults: dict[str, Any] = {
+        "image_size": (64, 64),
+        "train_images": 4,
+        "val_images": 2,
+        "batch_size": 2,
+        "num_workers": 0,
+    }
     return SyntheticScenesDetectionDataModule(**(defaults | kwargs))
 
 
 @pytest.mark.parametrize("architecture", DETECTORS)
 def test_every_detector_trains_and_measures(architecture: str, tmp_path: Path) -> None:
-    fitter = trainer(tmp_path)
+    fitter = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
     task = make(architecture)
-    fitter.fit(task, datamodule=scenes())
+    fitter.fit(task, datamodule=scenes(val_batch_size=1))
     logged = {key: value.item() for key, value in fitter.callback_metrics.items()}
     terms = [value for key, value in logged.items() if key.startswith("train/") and key != "train/loss"]
     assert len(terms) >= 2
@@ -62,7 +68,12 @@ def test_a_batch_without_objects_trains(architecture: str, tmp_path: Path) -> No
 
 
 def test_bfloat16_works_end_to_end(tmp_path: Path) -> None:
-    fitter = trainer(tmp_path, precision="bf16-mixed", callbacks=[Overlays(str(tmp_path / "out"), num_pictures=1)])
+    fitter = trainer(
+        tmp_path,
+        precision="bf16-mixed",
+        limit_train_batches=1,
+        callbacks=[Overlays(str(tmp_path / "out"), num_pictures=1)],
+    )
     task = make("cascade_mask_rcnn", gradient_checkpointing=True)
     fitter.fit(task, datamodule=scenes())
     assert torch.isfinite(fitter.callback_metrics["train/loss"])
