@@ -91,8 +91,8 @@ def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any])
             arguments = upernet_arguments(state) if segments else detector_arguments(state)
         except KeyError as error:
             raise WeightsError(
-                f"'{weights.source}' is a whole OpenMMLab model of an unknown kind (it lacks {error}); UPerNet, Cascade "
-                f"Mask R-CNN and FCOS are known. load_weights(model, …) takes its backbone"
+                f"'{weights.source}' is a whole OpenMMLab model of an unknown kind (it lacks {error}); UPerNet, "
+                f"Cascade Mask R-CNN and FCOS are known. load_weights(model, …) takes its backbone"
             ) from error
         arguments |= _preprocessing(weights, name, encoders[0])
         arguments |= {"encoder": encoders[0], "encoder_kwargs": fitting_arguments(encoders[0], state) | kwargs}
