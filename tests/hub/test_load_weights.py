@@ -335,9 +335,11 @@ def test_full_size_detectors_are_told_from_their_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["cascade_mask_rcnn", "fcos"])
 def test_a_detection_task_comes_back_from_its_repository(tmp_path: Path, architecture: str) -> None:
     torch.manual_seed(0)
+    names = ("score_thresh", "detections_per_img")
+    names = names if architecture == "fcos" else tuple(f"box_{name}" for name in names)
     task = DetectionTask(
         architecture, "replknet_31n", encoder_kwargs=SMALL, num_classes=3, min_size=64, max_size=96,
-        architecture_kwargs={"box_score_thresh": 0.0, "box_detections_per_img": 5},
+        architecture_kwargs=dict(zip(names, (0.0, 5), strict=True)),
     ).eval()  # fmt: skip
     folder = lk_hub.push(task, "me/detector", folder=tmp_path / "detector", dry_run=True)
     again = lk_hub.load_model(folder)

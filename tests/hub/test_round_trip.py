@@ -60,7 +60,7 @@ with torch.no_grad():
     out["task ours"] = task(x)
     out["task auxiliary"] = task.auxiliary_head(task.encoder(task.normalize(x))[4])
     out["task smp"] = smp.from_pretrained("you/task").eval()(task.normalize(x))
-save_file(out, f"{folder}/out.safetensors")
+save_file({key: value.contiguous() for key, value in out.items()}, f"{folder}/out.safetensors")
 """
 
 

@@ -126,5 +126,5 @@ def test_environment_variable_reaches_the_op(monkeypatch):
 def test_plan_reads_as_a_sentence():
     text = str(plan((1, 128, 56, 56), 31))
     assert text.startswith("forward ")
-    assert "thread" in text
+    assert "NCHW" in text
     assert "estimated cost of fft over direct" in text

@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "mask_head_channels": 16,
         "rpn_allowed_border": None,
     },
-    "fcos": {**SMALL_DENSE, "head_channels": 32, "head_convs": 1},
+    "fcos": {**SMALL_DENSE, "head_channels": 64, "head_convs": 1},
     "retinanet": SMALL_DENSE,
 }
 
