@@ -93,7 +93,7 @@ def _retinanet(
     *,
     anchor_sizes: Sequence[Sequence[float]] = _OCTAVES,
     anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    head_batch_norm: bool = False,
+    head_group_norm: bool = False,
     detections_per_img: int = 100,
     **kwargs: Any,
 ) -> Detector:
@@ -102,7 +102,7 @@ def _retinanet(
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         num_classes,
-        nn.BatchNorm2d if head_batch_norm else None,
+        partial(nn.GroupNorm, 32) if head_group_norm else None,
     )
     return _RetinaNet(
         backbone, num_classes, anchor_generator=anchors, head=head, detections_per_img=detections_per_img, **kwargs
@@ -156,7 +156,12 @@ def build_detector(
         std: Standard deviation of every channel.
         min_size: Length of the shorter side in evaluation mode, in pixels.
         max_size: Most pixels of the longer side.
-        **kwargs: Settings of the architecture.
+        **kwargs: Settings of the architecture, plain values under torchvision's names where it has them. All take
+            ``fpn_channels`` (256) and ``fpn_batch_norm`` (``False``). ``cascade_*``: see `CascadeRCNN`; ``fcos``: see
+            `FCOS`; their defaults are the published ones. ``faster_rcnn`` and ``mask_rcnn``: those of torchvision's
+            `FasterRCNN`, ``anchor_sizes`` and ``anchor_ratios``, and the widths and depths of the heads
+            (``box_head_*``, ``mask_head_*``, as in `CascadeRCNN`). ``retinanet``: those of torchvision's `RetinaNet`,
+            ``anchor_sizes``, ``anchor_ratios`` and ``head_group_norm`` (32 groups, in its towers).
 
     Returns:
         The detector.

@@ -190,6 +190,25 @@ def test_any_encoder_and_channels(architecture, name, channels, kwargs) -> None:
         assert len(model.eval()(images)) == 2
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kwargs", "norm"),
+    [
+        ("faster_rcnn", {"fpn_batch_norm": True, "box_head_convs": 4}, nn.BatchNorm2d),
+        ("cascade_rcnn", {"fpn_batch_norm": True}, nn.BatchNorm2d),
+        ("retinanet", {"fpn_channels": 64, "head_group_norm": True}, nn.GroupNorm),
+    ],
+)
+def test_norms_on_request(architecture, kwargs, norm) -> None:
+    def norms(model):
+        return sum(isinstance(module, norm) for module in model.modules())
+
+    plain, model = small_detector(architecture), small_detector(architecture, **kwargs)
+    # eight in the pyramid, four in a new box head or in each of two towers
+    assert norms(model) - norms(plain) == {"faster_rcnn": 12, "cascade_rcnn": 8, "retinanet": 8}[architecture]
+    images = pictures()
+    assert all(loss.isfinite() for loss in model(images, objects(images)).values())
+
+
 @pytest.mark.parametrize("architecture", DETECTORS)
 def test_folding_keeps_the_detections(architecture) -> None:
     encoder = smp.encoders.get_encoder("tu-replknet_31n", depth=5, weights=None, kernel_sizes=7)

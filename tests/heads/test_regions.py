@@ -70,6 +70,18 @@ def test_anchors(golden) -> None:
     assert_golden(ends, golden["output"]["grid_anchors_level0_first_and_last_300"], TOLERANCE)
 
 
+def test_anchors_are_exact_in_half_precision_and_after_rounding_up() -> None:
+    generator = PyramidAnchorGenerator(STRIDES, [(8 * s,) for s in STRIDES], (0.5, 1.0, 2.0))
+    sizes = [(math.ceil(1056 / s), math.ceil(32 / s)) for s in STRIDES]  # stride 64 rounds up both
+    image = ImageList(torch.empty(1, 3, 1056, 32), [(1056, 32)])
+    (anchors,) = generator(image, [torch.empty(1, 1, *size, dtype=torch.bfloat16) for size in sizes])
+    assert anchors.dtype == torch.float32
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert torch.equal(centres.amax(0), torch.tensor([28.0, 1052.0]))
+    assert torch.equal(centres[-3:], torch.tensor([[0.0, 1024.0]]).expand(3, 2))
+    assert torch.equal(anchors, anchors.round())
+
+
 def test_non_maximum_suppression(golden) -> None:
     boxes, scores, classes = (golden["input"][f"nms_{key}"] for key in ("boxes", "scores", "idxs"))
     for threshold in (5, 7):
