@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import logging as hub_logging
 
 from tests.hub.server import LoopbackHub
@@ -33,7 +33,8 @@ def client(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cache = tmp_path / "cache"
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # older clients make it once, at import
+    # older clients make it once, at import
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     )
