@@ -212,16 +212,17 @@ def test_norms_on_request(architecture, kwargs, norm) -> None:
 @pytest.mark.parametrize("architecture", DETECTORS)
 def test_folding_keeps_the_detections(architecture) -> None:
     encoder = smp.encoders.get_encoder("tu-replknet_31n", depth=5, weights=None, kernel_sizes=7)
-    model = small_detector(architecture, encoder, **{score_threshold(architecture): 0.0}).eval()
+    # in float64, where rounding does not swap detections of nearly the same score
+    model = small_detector(architecture, encoder, **{score_threshold(architecture): 0.0}).eval().double()
     randomize_norms(encoder)
+    images = [image.double() for image in pictures()]
     folded = lk_backbones.reparameterize(model)
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
     with torch.no_grad():
-        for before, after in zip(model(pictures()), folded(pictures()), strict=True):
+        for before, after in zip(model(images), folded(images), strict=True):
             assert len(before["boxes"]) > 0
-            assert torch.equal(before["labels"], after["labels"])
-            for name in before:
-                torch.testing.assert_close(before[name], after[name], rtol=1e-3, atol=2e-3)
+            assert before["boxes"].dtype == torch.float64
+            torch.testing.assert_close(before, after, rtol=1e-7, atol=1e-7)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
