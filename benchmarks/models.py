@@ -2,7 +2,8 @@
 
 Folded inference and a training step (forward, backward; no optimiser) at 224 pixels, every contestant in turn, round
 after round; medians and bests. The reference formulation is the same network as the authors' code computes it: plain
-``nn.Conv2d`` in NCHW and, folded, only the small kernels and the norms of the large ones merged::
+``nn.Conv2d`` in NCHW and, folded, only the small kernels and the norms of the large ones merged. Weights packed: see
+``lk_backbones.prepack_weights``; the folded row is what ``lk_backbones.reparameterize`` gives::
 
     python benchmarks/models.py
     python benchmarks/models.py --output results/models    # results/models.json, .md, .png
@@ -24,6 +25,7 @@ import lk_backbones
 from lk_backbones.layers import ConvNorm, DepthwiseConv2d, InputConvNorm, PointwiseConv2d, ReparamLargeKernelConv2d
 
 OURS = "replknet_31b"
+PACKED = "replknet_31b, weights packed"
 REFERENCE = "replknet_31b, reference formulation"
 OTHERS = ("convnext_base", "swin_base_patch4_window7_224", "resnet101")
 
@@ -76,6 +78,7 @@ def contestants(kind: str, batch: int, size: int) -> dict[str, Callable[[], obje
     runs: dict[str, Callable[[], object]] = {}
     if kind == "inference":
         runs[OURS] = make(lk_backbones.reparameterize(create(OURS)), images)
+        runs[PACKED] = make(lk_backbones.prepack_weights(create(OURS)), images)
         runs[REFERENCE] = make(folded_as_the_reference(create(OURS)), images)
     else:
         runs[OURS] = make(create(OURS), images)

@@ -11,8 +11,8 @@ with the latter::
 
 from lk_backbones import heads as _heads  # noqa: F401, registers its architectures
 from lk_backbones.encoders import list_encoders
-from lk_backbones.layers.reparam import reparameterize
+from lk_backbones.layers.reparam import prepack_weights, reparameterize
 
-__all__ = ["list_encoders", "reparameterize"]
+__all__ = ["list_encoders", "prepack_weights", "reparameterize"]
 
 __version__ = "0.1.0"

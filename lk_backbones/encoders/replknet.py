@@ -53,7 +53,7 @@ class RepLKBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
-        self.pw1 = ConvNorm(channels, depthwise_channels, 1, act=True, **dd)
+        self.pw1 = ConvNorm(channels, depthwise_channels, 1, act_layer=nn.ReLU, **dd)
         self.large_kernel = ReparamLargeKernelConv2d(depthwise_channels, kernel_size, small_kernel, dilation, **dd)
         self.act = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(depthwise_channels, channels, 1, **dd)
@@ -92,14 +92,13 @@ class ConvFFN(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
-        self.pw1 = ConvNorm(channels, hidden_channels, 1, **dd)
-        self.act = nn.GELU()
+        self.pw1 = ConvNorm(channels, hidden_channels, 1, act_layer=nn.GELU, **dd)
         self.pw2 = ConvNorm(hidden_channels, channels, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, channels, H, W)`` to the same shape."""
-        return x + self.drop_path(self.pw2(self.act(self.pw1(self.norm(x)))))
+        return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
 
     def reparameterize(self) -> None:
         """Fold the leading norm into the 1×1 convolution after it, in place."""
@@ -154,8 +153,10 @@ class RepLKNetStage(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if transition:
             self.downsample = nn.Sequential(
-                ConvNorm(in_channels, channels, 1, act=True, **dd),
-                ConvNorm(channels, channels, 3, stride=stride, dilation=dilation[0], groups=channels, act=True, **dd),
+                ConvNorm(in_channels, channels, 1, act_layer=nn.ReLU, **dd),
+                ConvNorm(
+                    channels, channels, 3, stride=stride, dilation=dilation[0], groups=channels, act_layer=nn.ReLU, **dd
+                ),
             )
         blocks: list[nn.Module] = []
         for drop_path in drop_path_rates or [0.0] * depth:
@@ -248,10 +249,10 @@ class RepLKNet(nn.Module):
         self.drop_rate = drop_rate
         width = channels[0]
         self.stem = nn.Sequential(
-            InputConvNorm(in_chans, width, 3, stride=2, act=True, **dd),
-            ConvNorm(width, width, 3, groups=width, act=True, **dd),
-            ConvNorm(width, width, 1, act=True, **dd),
-            ConvNorm(width, width, 3, stride=2, groups=width, act=True, **dd),
+            InputConvNorm(in_chans, width, 3, stride=2, act_layer=nn.ReLU, **dd),
+            ConvNorm(width, width, 3, groups=width, act_layer=nn.ReLU, **dd),
+            ConvNorm(width, width, 1, act_layer=nn.ReLU, **dd),
+            ConvNorm(width, width, 3, stride=2, groups=width, act_layer=nn.ReLU, **dd),
         )
         self.feature_info = [{"num_chs": width, "reduction": 2, "module": "stem.2"}]
 

@@ -1,15 +1,23 @@
 """Modules made of ops."""
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d, replace_depthwise
-from lk_backbones.layers.pointwise import PointwiseConv2d
-from lk_backbones.layers.reparam import ConvNorm, InputConvNorm, ReparamLargeKernelConv2d, reparameterize
+from lk_backbones.layers.pointwise import PackedPointwiseConv2d, PointwiseConv2d
+from lk_backbones.layers.reparam import (
+    ConvNorm,
+    InputConvNorm,
+    ReparamLargeKernelConv2d,
+    prepack_weights,
+    reparameterize,
+)
 
 __all__ = [
     "ConvNorm",
     "DepthwiseConv2d",
     "InputConvNorm",
+    "PackedPointwiseConv2d",
     "PointwiseConv2d",
     "ReparamLargeKernelConv2d",
+    "prepack_weights",
     "reparameterize",
     "replace_depthwise",
 ]

@@ -162,6 +162,15 @@ def test_timm_folds_to_the_same_outputs(small_encoder: str) -> None:
     assert sum(p.numel() for p in reparameterize_model(model).parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def test_packed_weights_give_the_same_outputs(small_encoder: str) -> None:
+    model = randomize_norms(timm.create_model(small_encoder)).eval()
+    packed = lk_backbones.prepack_weights(model)
+    with torch.inference_mode():
+        for size in ((64, 96), (96, 32)):
+            x = torch.randn(2, 3, *size)
+            assert_golden(packed(x), model(x), 1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_odd_sizes_is_finite(small_encoder: str, dtype: torch.dtype) -> None:
     model = timm.create_model(small_encoder).eval().to(dtype)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lk_backbones import reparameterize
+from lk_backbones import prepack_weights, reparameterize
+from lk_backbones.layers import PackedPointwiseConv2d
 from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
 from tests.conftest import assert_golden, randomize_norms
 
@@ -44,7 +45,7 @@ def test_norm_in_front_of_a_padded_convolution_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fold_keeps_dtype_and_gradient_flag(dtype: torch.dtype) -> None:
-    layer = randomize_norms(ConvNorm(8, 8, 3, groups=8, act=True)).to(dtype).eval()
+    layer = randomize_norms(ConvNorm(8, 8, 3, groups=8, act_layer=nn.ReLU)).to(dtype).eval()
     layer.conv.weight.requires_grad_(False)
     x = torch.randn(1, 8, 12, 12, dtype=dtype)
     folded = reparameterize(layer)
@@ -54,7 +55,7 @@ def test_fold_keeps_dtype_and_gradient_flag(dtype: torch.dtype) -> None:
 
 
 def test_sync_batchnorm_conversion_keeps_the_activation() -> None:
-    layer = nn.SyncBatchNorm.convert_sync_batchnorm(ConvNorm(4, 8, 3, act=True)).eval()
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(ConvNorm(4, 8, 3, act_layer=nn.ReLU)).eval()
     assert isinstance(layer.bn, nn.SyncBatchNorm)
     x = torch.randn(2, 4, 8, 8)
     assert layer(x).min() == 0
@@ -67,3 +68,20 @@ def test_reparameterize_leaves_the_original_alone_unless_told() -> None:
     assert isinstance(layer.bn, nn.BatchNorm2d)
     assert reparameterize(layer, inplace=True) is layer
     assert isinstance(layer.bn, nn.Identity)
+
+
+@pytest.mark.parametrize("act_layer", [None, nn.ReLU, nn.GELU, nn.SiLU])
+def test_packing_folds_and_takes_the_activation_along(act_layer: type[nn.Module] | None) -> None:
+    layer = randomize_norms(nn.Sequential(ConvNorm(4, 8, 1, act_layer=act_layer), ConvNorm(8, 8, 3, groups=8))).eval()
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    packed = prepack_weights(layer)
+    assert isinstance(layer[0].bn, nn.BatchNorm2d)  # the original is left alone
+    assert isinstance(packed[0].conv, PackedPointwiseConv2d)
+    assert isinstance(packed[0].act, nn.SiLU if act_layer is nn.SiLU else nn.Identity)
+    assert not isinstance(packed[1].conv, PackedPointwiseConv2d)
+    assert packed.state_dict().keys() == reparameterize(layer).state_dict().keys()
+    with torch.inference_mode():
+        assert_golden(packed(x), layer(x), 1e-6)
+    assert prepack_weights(packed, inplace=True) is packed
+    with torch.inference_mode():
+        assert_golden(packed(x), layer(x), 1e-6)
