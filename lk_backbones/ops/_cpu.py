@@ -23,7 +23,8 @@ from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
 MAX_TAPS = 4096
 
 # Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths, one thread and two.
-FFT_COST = {"AVX512": 10.0, "AVX2": 4.5}  # per transformed value and per log2 of their number, by vector instructions
+FFT_COST = {"AVX512": 7.5, "AVX2": 4.0}  # per transformed value and per log2 of their number, by vector instructions
+DIRECT_BACKWARD = 2.5  # the two gradients of the direct path in units of its forward
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
 COPY_COST = 30.0  # per value that changes its memory format
 
@@ -60,7 +61,7 @@ def plan(
     fft_forward = (2 + 1 / batch) * transform + (2 * copy if channels_last else 0)
     direct_forward = taps + (0 if as_is else 2 * copy)
     fft_backward = (3 + 2 / batch) * transform + (3 * copy if channels_last else 0)
-    direct_backward = 2 * taps + (1 if channels_last else 0 if as_is else 3) * copy
+    direct_backward = DIRECT_BACKWARD * taps + (1 if channels_last else 0 if as_is else 3) * copy
     possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
     if possible and fft_forward < direct_forward:
         forward = "fft"
