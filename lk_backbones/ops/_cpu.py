@@ -120,14 +120,16 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
     One image at a time: folding the batch into the channels costs more in transposes than it saves. oneDNN wants that
     kernel in NCHW whatever the format of the input.
     """
-    (_, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
+    (batch, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
     rows = max(1, MAX_TAPS // width)
     padding = (0, pad_width) if rows < height else (pad_height, pad_width)
     if rows < height:
         input = F.pad(input, (0, 0, pad_height, pad_height))
     if _needs_channels_last(input, kernel_size[1]):
         input = input.contiguous(memory_format=torch.channels_last)
-    kernels = nchw(grad_output).unsqueeze(2)
+    kernels = nchw(grad_output)
+    if batch == 1 and rows >= height:  # the rest for one part; indexing costs as much as a small convolution
+        return F.conv2d(input, kernels.transpose(0, 1), None, (1, 1), padding, (1, 1), channels).transpose(0, 1)
     parts = (
         F.conv2d(
             image[:, :, top : top + rows + 2 * pad_height],
@@ -135,7 +137,7 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
             padding=padding,
             groups=channels,
         )
-        for image, kernel in zip(input.split(1), kernels, strict=True)
+        for image, kernel in zip(input.split(1), kernels.unsqueeze(2), strict=True)
         for top in range(0, height, rows)
     )
     return functools.reduce(Tensor.add_, parts).reshape(channels, 1, *kernel_size)

@@ -112,7 +112,7 @@ def _plan(
 def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:
     """PyTorch's own operator."""
     padding = _padding(weight, dilation)
-    return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+    return F.conv2d(input, weight, bias, (1, 1), padding, dilation, weight.shape[0])
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
@@ -215,9 +215,10 @@ def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
 
 def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    maps = split_phases(input.to(dtype), dilation)
-    return maps, crop(weight.to(dtype), _map_size(maps))
+    if input.dtype in (torch.float16, torch.bfloat16):
+        input, weight = input.float(), weight.float()
+    maps = split_phases(input, dilation)
+    return maps, crop(weight, _map_size(maps))
 
 
 def _native_backward(

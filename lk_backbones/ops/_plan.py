@@ -60,5 +60,5 @@ def wants_plain_convolution(*tensors: Tensor) -> bool:
         torch.jit.is_tracing()
         or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
-        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+        or (forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
     )

@@ -17,6 +17,8 @@ def crop_kernel(kernel_size: tuple[int, int], map_size: tuple[int, int]) -> tupl
 def crop(weight: Tensor, map_size: tuple[int, int]) -> Tensor:
     """Weight ``(C, 1, kH, kW)`` without the taps that no pixel of the map reaches."""
     height, width = crop_kernel((weight.shape[2], weight.shape[3]), map_size)
+    if weight.shape[2:] == (height, width):
+        return weight
     top, left = (weight.shape[2] - height) // 2, (weight.shape[3] - width) // 2
     return weight[:, :, top : top + height, left : left + width]
 
@@ -75,15 +77,19 @@ def memory_format(maps: Tensor) -> torch.memory_format:
 def nchw(maps: Tensor) -> Tensor:
     """``maps`` contiguous in NCHW.
 
-    On few cores, one two-dimensional transpose per image is twice as fast as PyTorch's general strided copy.
+    PyTorch copies a strided tensor on all cores but walks through it badly where planes are large or their sizes powers
+    of two; it transposes a matrix well but on one core. With one thread or two, one transpose per image can be faster.
     """
-    general = maps.device.type != "cpu" or torch.get_num_threads() > 2 or not is_channels_last(maps)
-    if general or not maps.is_contiguous(memory_format=torch.channels_last):
-        return maps.contiguous()
+    if maps.is_contiguous():
+        return maps
     batch, channels, height, width = maps.shape
+    pixels, threads = height * width, torch.get_num_threads()
+    transpose = pixels > 100 if threads == 1 else threads == 2 and (pixels >= 128 * 128 or pixels % 1024 == 0)
+    if not (transpose and maps.device.type == "cpu" and maps.is_contiguous(memory_format=torch.channels_last)):
+        return maps.contiguous()
     output = maps.new_empty(maps.shape)
     for target, source in zip(
-        output.flatten(2), maps.permute(0, 2, 3, 1).reshape(batch, height * width, channels), strict=True
+        output.flatten(2), maps.permute(0, 2, 3, 1).reshape(batch, pixels, channels), strict=True
     ):
         target.copy_(source.t())
     return output
@@ -94,7 +100,8 @@ def in_format(maps: Tensor, wanted: torch.memory_format) -> Tensor:
 
     Autograd forbids in-place changes, such as an activation's, to a view that an operator returns.
     """
-    maps = nchw(maps) if wanted is torch.contiguous_format else maps.contiguous(memory_format=wanted)
+    if not maps.is_contiguous(memory_format=wanted):
+        maps = nchw(maps) if wanted is torch.contiguous_format else maps.contiguous(memory_format=wanted)
     return maps.clone() if maps._is_view() else maps
 
 

@@ -57,7 +57,10 @@ def depthwise_conv2d(
         return _operators.native(input, weight, bias, dilation)
     if input.dim() == 3:
         return depthwise_conv2d(input.unsqueeze(0), weight, bias, dilation, method).squeeze(0)
-    inference = not (torch.compiler.is_compiling() or _needs_gradient(input, weight, bias))
+    wants_gradient = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    inference = not (wants_gradient or torch.compiler.is_compiling())
     if inference and _operators.plan(input, weight, dilation, method, device).forward == "native":
         return _operators.native(input, weight, bias, dilation)
     return _operators.apply(input, weight, bias, dilation, method)
@@ -91,10 +94,6 @@ def explain(
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
     return _operators.plan(input, weight, dilation, method, input.device.type if device is None else device)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
