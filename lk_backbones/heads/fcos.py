@@ -32,7 +32,8 @@ class FCOSHead(nn.Module):
         in_channels: Channels of the maps.
         num_classes: Number of classes, without background.
         num_levels: Number of maps.
-        channels: Width of the towers, divisible by 32.
+        channels: Width of the towers, divisible by 32. At 32 each group of the norm is one channel, which PyTorch
+            refuses in training for a single image whose coarsest map is 1×1.
         num_convs: Depth of the towers.
         prior: Score of every class before training.
     """

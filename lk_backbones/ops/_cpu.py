@@ -24,7 +24,8 @@ MAX_TAPS = 4096
 
 # Costs in units of one multiply-add of the direct path, fitted to benchmarks/depthwise.py --paths, one thread and two.
 FFT_COST = {"AVX512": 7.5, "AVX2": 4.0}  # per transformed value and per log2 of their number, by vector instructions
-DIRECT_BACKWARD = 2.5  # the two gradients of the direct path in units of its forward
+CHUNK_COST = 4e6  # of the calls for one chunk of transforms in the forward; a half more in the backward
+DIRECT_BACKWARD = 2.3  # the two gradients of the direct path in units of its forward
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
 COPY_COST = 30.0  # per value that changes its memory format
 
@@ -55,12 +56,14 @@ def plan(
     transform = FFT_COST.get(instructions, FFT_COST["AVX2"]) * rows * columns * math.log2(rows * columns)
     if instructions not in FFT_COST and kernel_width // 2 > widest_padding():
         transform /= SLOW_DIRECT
+    # With more threads chunks grow, and so does what could be computed during the calls for one.
+    calls = CHUNK_COST / math.prod(_fft.maps_per_chunk(shape, 4 * rows * columns, _fft.CHUNK_BYTES))
     copy = COPY_COST * height * width
     as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
 
-    fft_forward = (2 + 1 / batch) * transform + (2 * copy if channels_last else 0)
+    fft_forward = (2 + 1 / batch) * transform + calls + (2 * copy if channels_last else 0)
     direct_forward = taps + (0 if as_is else 2 * copy)
-    fft_backward = (3 + 2 / batch) * transform + (3 * copy if channels_last else 0)
+    fft_backward = (3 + 2 / batch) * transform + 1.5 * calls + (3 * copy if channels_last else 0)
     direct_backward = DIRECT_BACKWARD * taps + (1 if channels_last else 0 if as_is else 3) * copy
     possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
     if possible and fft_forward < direct_forward:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -107,16 +107,28 @@ def _map_size(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[-2], tensor.shape[-1]
 
 
+def maps_per_chunk(shape: Sequence[int], map_bytes: int, budget: int) -> tuple[int, int]:
+    """Channels and images that are transformed at once, for an input ``(N, C, H, W)``.
+
+    Args:
+        shape: Of the input.
+        map_bytes: Size of one map's transform.
+        budget: Size of one chunk's.
+    """
+    images, channels = shape[:2]
+    maps = max(1, budget // map_bytes)
+    # Several channels per chunk before several images: the kernels' transforms are shared by the images.
+    channel_step = _even_step(channels, max(8, maps // images))
+    return channel_step, min(images, max(1, maps // channel_step))
+
+
 def _chunks(input: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, list[slice]]]:
     """Slices over channels, each with slices over images, such that one chunk's transforms fit the caches."""
     (images, channels), map_bytes = input.shape[:2], size[0] * size[1] * input.element_size()
     budget = CUDA_CHUNK_BYTES
     if not input.is_cuda:
         budget = min(CHUNK_BYTES * torch.get_num_threads(), max(CHUNK_BYTES, int(CHUNK_SHARE * input.nbytes)))
-    maps = max(1, budget // map_bytes)
-    # Several channels per chunk before several images: the kernels' transforms are shared by the images.
-    channel_step = _even_step(channels, max(8, maps // images))
-    image_step = max(1, maps // channel_step)
+    channel_step, image_step = maps_per_chunk(input.shape, map_bytes, budget)
     image_chunks = [slice(start, start + image_step) for start in range(0, images, image_step)]
     for start in range(0, channels, channel_step):
         yield slice(start, start + channel_step), image_chunks

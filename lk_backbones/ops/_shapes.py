@@ -77,14 +77,15 @@ def memory_format(maps: Tensor) -> torch.memory_format:
 def nchw(maps: Tensor) -> Tensor:
     """``maps`` contiguous in NCHW.
 
-    PyTorch copies a strided tensor on all cores but walks through it badly where planes are large or their sizes powers
-    of two; it transposes a matrix well but on one core. With one thread or two, one transpose per image can be faster.
+    PyTorch copies a strided tensor on all cores but walks through it badly where planes are large or strides powers of
+    two; it transposes a matrix well but on one core. With one thread or two, one transpose per image can be faster.
     """
     if maps.is_contiguous():
         return maps
     batch, channels, height, width = maps.shape
     pixels, threads = height * width, torch.get_num_threads()
-    transpose = pixels > 100 if threads == 1 else threads == 2 and (pixels >= 128 * 128 or pixels % 1024 == 0)
+    walks_badly = pixels >= 128 * 128 or (pixels >= 64 * 64 and channels % 128 == 0)
+    transpose = pixels > 100 if threads == 1 else threads == 2 and walks_badly
     if not (transpose and maps.device.type == "cpu" and maps.is_contiguous(memory_format=torch.channels_last)):
         return maps.contiguous()
     output = maps.new_empty(maps.shape)
