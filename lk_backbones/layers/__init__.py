@@ -1,7 +1,8 @@
 """Modules made of ops."""
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d, replace_depthwise
-from lk_backbones.layers.pointwise import PackedPointwiseConv2d, PointwiseConv2d
+from lk_backbones.layers.packed import PackedConv2d
+from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.layers.reparam import (
     ConvNorm,
     InputConvNorm,
@@ -14,7 +15,7 @@ __all__ = [
     "ConvNorm",
     "DepthwiseConv2d",
     "InputConvNorm",
-    "PackedPointwiseConv2d",
+    "PackedConv2d",
     "PointwiseConv2d",
     "ReparamLargeKernelConv2d",
     "prepack_weights",

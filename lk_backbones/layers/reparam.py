@@ -17,7 +17,8 @@ from timm.layers import create_act_layer
 from timm.utils.model import reparameterize_model
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d
-from lk_backbones.layers.pointwise import PackedPointwiseConv2d, PointwiseConv2d
+from lk_backbones.layers.packed import fuses, pack
+from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import to_preferred_memory_format
 
 __all__ = [
@@ -151,13 +152,11 @@ class ConvNorm(nn.Module):
             self.bn = nn.Identity()
 
     def prepack(self) -> None:
-        """Let a 1×1 convolution keep a packed weight and compute the activation, in place; folds the norm first."""
+        """Let the convolution keep a packed weight and compute the activation, in place; folds the norm first."""
         self.reparameterize()
-        if type(self.conv) is PointwiseConv2d:
-            fused = PackedPointwiseConv2d.fuses(self.act)
-            PackedPointwiseConv2d.from_layer(self.conv, self.act if fused else nn.Identity())
-            if fused:
-                self.act = nn.Identity()
+        fused = fuses(self.act)
+        if pack(self.conv, self.act if fused else None) and fused:
+            self.act = nn.Identity()
 
 
 class InputConvNorm(ConvNorm):
@@ -255,10 +254,10 @@ def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
 
 
 def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
-    """Fold a model and arrange its 1×1 convolutions for inference on CPUs: RepLKNet-31B takes a ninth less time.
+    """Fold a model and keep its weights in the blocks that oneDNN computes with, for inference on CPUs.
 
-    Matrix libraries rearrange a weight on every call; here a copy that is already arranged is kept beside each weight
-    (twice the memory) and activations are computed along with the products. It works for float32 under
+    Otherwise weights are arranged anew on every call. The arranged copies lie beside the weights (twice the memory),
+    and activations are computed along with the convolutions before them. It works for float32 under
     ``torch.inference_mode()`` or ``torch.no_grad()``; in every other situation, other devices included, the model
     computes what the folded one does. State dict and outputs stay the folded model's, up to float rounding.
 

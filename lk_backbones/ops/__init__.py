@@ -2,18 +2,14 @@
 
 from lk_backbones.ops.depthwise import depthwise_conv2d, explain
 from lk_backbones.ops.memory_format import to_preferred_memory_format
-from lk_backbones.ops.pointwise import (
-    pack_pointwise_weight,
-    packed_pointwise_conv2d,
-    pointwise_conv2d,
-    takes_packed_weight,
-)
+from lk_backbones.ops.packed import pack_weight, packed_conv2d, takes_packed_weight
+from lk_backbones.ops.pointwise import pointwise_conv2d
 
 __all__ = [
     "depthwise_conv2d",
     "explain",
-    "pack_pointwise_weight",
-    "packed_pointwise_conv2d",
+    "pack_weight",
+    "packed_conv2d",
     "pointwise_conv2d",
     "takes_packed_weight",
     "to_preferred_memory_format",

@@ -141,8 +141,9 @@ def _is_network_error(error: BaseException) -> bool:
 
 def _is_passing(error: BaseException) -> bool:
     """Whether another attempt may help: the connection broke in the middle, or the server was busy."""
-    if isinstance(error, LocalEntryNotFoundError):  # the client has already tried repeatedly
-        return False
+    if isinstance(error, LocalEntryNotFoundError):
+        # The client has already tried repeatedly; clients before 1.0 not where the server said "too many requests".
+        return _status(error) == 429 and int(huggingface_hub.__version__.partition(".")[0]) < 1
     return _status(error) in _SERVER_BUSY or _is_network_error(error) or "Consistency check" in str(error)
 
 

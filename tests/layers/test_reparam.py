@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from lk_backbones import prepack_weights, reparameterize
-from lk_backbones.layers import PackedPointwiseConv2d
+from lk_backbones.layers import PackedConv2d
 from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
 from tests.conftest import assert_golden, randomize_norms
 
@@ -76,9 +76,8 @@ def test_packing_folds_and_takes_the_activation_along(act_layer: type[nn.Module]
     x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
     packed = prepack_weights(layer)
     assert isinstance(layer[0].bn, nn.BatchNorm2d)  # the original is left alone
-    assert isinstance(packed[0].conv, PackedPointwiseConv2d)
+    assert all(isinstance(layer.conv, PackedConv2d) for layer in packed)
     assert isinstance(packed[0].act, nn.SiLU if act_layer is nn.SiLU else nn.Identity)
-    assert not isinstance(packed[1].conv, PackedPointwiseConv2d)
     assert packed.state_dict().keys() == reparameterize(layer).state_dict().keys()
     with torch.inference_mode():
         assert_golden(packed(x), layer(x), 1e-6)

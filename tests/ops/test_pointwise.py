@@ -4,13 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lk_backbones.ops import (
-    pack_pointwise_weight,
-    packed_pointwise_conv2d,
-    pointwise_conv2d,
-    takes_packed_weight,
-    to_preferred_memory_format,
-)
+from lk_backbones.ops import pointwise_conv2d, to_preferred_memory_format
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -88,42 +82,3 @@ def test_the_preferred_format_of_a_cpu_is_channels_last():
     torch.testing.assert_close(laid_out, maps, rtol=0, atol=0)
     assert to_preferred_memory_format(laid_out) is laid_out
     assert to_preferred_memory_format(maps.to("meta")).is_contiguous()
-
-
-ACTIVATIONS = {
-    ("none", ""): lambda x: x,
-    ("relu", ""): F.relu,
-    ("gelu", "none"): F.gelu,
-    ("gelu", "tanh"): lambda x: F.gelu(x, approximate="tanh"),
-}
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
-)
-
-
-@needs_onednn
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 1, 4, 4), (3, 6, 1, 1), (0, 6, 5, 7)], ids=str)
-def test_packed_product_against_float64(shape, with_bias, activation):
-    maps, weight, bias = (tensor.detach() for tensor in operands(shape=shape))
-    bias = bias if with_bias else None
-    output = packed_pointwise_conv2d(maps, pack_pointwise_weight(weight), bias, activation)
-    exact = F.conv2d(maps.double(), weight.double(), None if bias is None else bias.double())
-    assert output.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(output.double(), ACTIVATIONS[activation](exact), rtol=1e-5, atol=1e-5)
-
-
-@needs_onednn
-def test_where_a_packed_weight_is_of_no_use():
-    with torch.no_grad():
-        maps, weight, _ = operands()
-        assert takes_packed_weight(maps, weight)
-        assert not takes_packed_weight(maps.contiguous(), weight)
-        assert not takes_packed_weight(maps.double(), weight.double())
-        assert not takes_packed_weight(maps.to("meta"), weight.to("meta"))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not takes_packed_weight(maps, weight)
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert not takes_packed_weight(maps, weight)
-    assert not takes_packed_weight(*operands()[:2])  # a gradient is wanted

@@ -1,0 +1,129 @@
+"""Convolutions with weights that are packed ahead, for inference on CPUs.
+
+oneDNN multiplies with a weight in blocks of its own, which PyTorch otherwise arranges anew on every call. The operators
+are those that PyTorch's compiler emits for frozen weights; where this PyTorch lacks them, nothing can be packed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lk_backbones.ops._plan import wants_plain_convolution
+from lk_backbones.ops._shapes import is_channels_last
+
+__all__ = ["pack_weight", "packed_conv2d", "takes_packed_weight"]
+
+NO_ACTIVATION = ("none", "")
+
+
+def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`packed_conv2d` can stand in for a convolution.
+
+    It has no derivative and is made for float32 in channels_last on CPUs with oneDNN; exporters, tracers and compilers
+    cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a packed copy
+    could go out of date.
+
+    Args:
+        input: ``(N, C, H, W)``.
+        weight: ``(O, C / groups, kH, kW)``, not packed.
+    """
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == weight.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not wants_plain_convolution(input, weight)
+        and is_channels_last(input)
+        and input.numel() > 0
+        and not weight.is_inference()
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_packed_operators()
+    )
+
+
+@functools.cache
+def _has_packed_operators() -> bool:
+    operators = (
+        "_reorder_linear_weight",
+        "_linear_pointwise",
+        "_reorder_convolution_weight",
+        "_convolution_pointwise",
+    )
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+
+
+def pack_weight(
+    weight: Tensor,
+    input_shape: Sequence[int],
+    padding: Sequence[int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Copy a weight into the blocks that oneDNN computes with.
+
+    Args:
+        weight: ``(O, C / groups, kH, kW)``, float32, on the CPU.
+        input_shape: ``(N, C, H, W)`` of a typical input; others work too.
+        padding: Of the convolution.
+        stride: Of the convolution.
+        dilation: Of the convolution.
+        groups: Of the convolution.
+
+    Returns:
+        An opaque tensor for :func:`packed_conv2d`: it cannot be copied, saved or moved.
+    """
+    weight = weight.detach()
+    if _is_product(weight.shape[2:], padding, stride, groups):
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous())
+    else:
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
+        )
+    return packed
+
+
+def packed_conv2d(
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    padding: Sequence[int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: tuple[str, str] = NO_ACTIVATION,
+) -> Tensor:
+    """Convolution with a packed weight, then an activation while the result is in the cache.
+
+    Args:
+        input: ``(N, C, H, W)``, float32, channels_last.
+        packed: From :func:`pack_weight`, with the same padding, stride, dilation and groups.
+        bias: ``(O,)`` or ``None``.
+        padding: Zeros on each side of rows and columns.
+        stride: Of rows and columns.
+        dilation: Of rows and columns.
+        groups: Number of groups.
+        activation: oneDNN's name of an activation and of its variant: ``("none", "")``, ``("relu", "")``,
+            ``("gelu", "none")`` or ``("gelu", "tanh")``.
+
+    Returns:
+        ``(N, O, H', W')``, channels_last. No gradient flows through it.
+    """
+    name, variant = activation
+    if packed.dim() == 2:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input.permute(0, 2, 3, 1), packed, bias, name, [], variant)
+        return output.permute(0, 3, 1, 2)
+    convolved: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        input, packed, bias, list(padding), list(stride), list(dilation), groups, name, [], variant
+    )
+    return convolved
+
+
+def _is_product(kernel_size: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Whether every output pixel is one matrix times the input pixel."""
+    return tuple(kernel_size) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1
