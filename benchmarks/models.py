@@ -140,7 +140,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(results), figsize=(6.5 * len(results), 3.2), squeeze=False)
     for axes, result in zip(panels[0], results, strict=True):
         names = list(result["peak_memory_mb"])
-        colors = ["#cc6677" if name == OURS else "#4477aa" for name in names]
+        colors = ["#cc6677" if name in (OURS, PACKED) else "#4477aa" for name in names]
         axes.barh(range(len(names)), [result["median_ms"][name] for name in names], color=colors)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
