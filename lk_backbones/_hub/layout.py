@@ -127,6 +127,9 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
     if published is None:
         for key in ("tag", "license", "origin_url"):  # those of the published weights, which these no longer are
             timm_config.pop(key, None)
+    if arguments.get("in_chans", 3) != 3:
+        # timm before 1.0.31 takes every published input layer for one of three channels, and would drop this one.
+        timm_config["first_conv"] = None
     preprocessing = {key: list(timm_config[key]) for key in ("mean", "std")}
     config |= {
         "input_space": "RGB",

@@ -11,6 +11,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from lk_backbones import hub as lk_hub
@@ -207,7 +208,8 @@ def test_one_layout_is_also_a_folder(hub: LoopbackHub, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["mean"] == config["pretrained_cfg"]["mean"] == [0.25, 0.5, 0.75]
     x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), model(x))
+    if Version(timm.__version__) >= Version("1.0.31"):  # before, timm reads only pickles from folders
+        assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), model(x))
     assert torch.equal(lk_hub.load_model(folder)(x), model(x))
     lk_hub.push(model, "you/encoder", folder=folder, dry_run=True)  # again: replaced
     (tmp_path / "folder" / "thesis.tex").touch()

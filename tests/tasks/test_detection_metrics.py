@@ -53,6 +53,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> CocoDataModule:
 def official(annotations: Path, results: Path, kind: str) -> list[float]:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
+        truth.dataset.setdefault("info", {})  # which older releases copy without asking
         evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
