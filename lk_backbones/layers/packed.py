@@ -22,16 +22,24 @@ class PackedConv2d(nn.Conv2d):
     gradient wanted) and made anew when the weight has changed, but for a change through ``weight.data``, which PyTorch
     does not count. State dict, copies and pickles are as without it. Where the copy cannot be used, the layer computes
     what its parts would. :func:`pack` makes one of an existing layer.
+
+    Args:
+        *args: As ``nn.Conv2d``.
+        act: The activation, or ``None`` for none.
+        **kwargs: As ``nn.Conv2d``.
     """
 
     __jit_ignored_attributes__ = ("_packed",)
 
-    def follow_with(self, act: nn.Module) -> None:
-        """Set the activation and start without a packed weight."""
-        self.act: nn.Module = act
-        # The weight, its address and its version that it was made from, and the packed weight. Holding the weight keeps
-        # another one from coming to lie at its address.
-        self._packed: tuple[Tensor, int, int, Tensor] | None = None
+    def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._follow_with(act)
+
+    def _follow_with(self, act: nn.Module | None) -> None:
+        self.act: nn.Module = nn.Identity() if act is None else act
+        # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one
+        # from coming to lie at its address.
+        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` or ``(C, H, W)`` to what ``nn.Conv2d`` and the activation would."""
@@ -46,12 +54,12 @@ class PackedConv2d(nn.Conv2d):
         simple = input.dim() == 4 and self.padding_mode == "zeros" and takes_packed_weight(input, weight)
         if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
             return self.act(self._unpacked(input))
-        address, version, packed = weight.data_ptr(), weight._version, self._packed
-        stride, dilation, groups = self.stride, self.dilation, self.groups
-        if packed is None or packed[0] is not weight or packed[1:3] != (address, version):
-            content = pack_weight(weight, input.shape, padding, stride, dilation, groups)
-            self._packed = packed = weight, address, version, content
-        return packed_conv2d(input, packed[3], self.bias, padding, stride, dilation, groups, activation)
+        geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
+        source = weight.data_ptr(), weight._version, geometry
+        packed = self._packed
+        if packed is None or packed[0] is not weight or packed[1] != source:
+            self._packed = packed = weight, source, pack_weight(weight, input.shape, *geometry)
+        return packed_conv2d(input, packed[2], self.bias, *geometry, activation)
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
@@ -115,7 +123,7 @@ def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
         return False
     conv.__class__ = packed
     assert isinstance(conv, PackedConv2d)
-    conv.follow_with(nn.Identity() if act is None else act)
+    conv._follow_with(act)
     return True
 
 

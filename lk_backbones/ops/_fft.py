@@ -22,14 +22,14 @@ ROWS_DETOUR, COLUMNS_DETOUR = 1.14, 1.4  # see good_length
 
 
 @functools.cache
-def good_length(length: int, detour: float = 1.0) -> int:
+def good_length(length: int, detour: float) -> int:
     """The even length of at least ``length`` whose transforms take the least time.
 
     Lengths without a prime factor above 7 count; odd ones transform half as fast. Of the even ones multiples of 16 and,
     almost, of 24 are fastest; the others take up to ``detour`` times as long per element.
     """
     candidates = [even for even in range(length + length % 2, 2 * length + 2, 2) if _has_small_factors(even)]
-    return min(candidates, key=lambda n: n * (1.0 if n % 16 == 0 else min(1.05, detour) if n % 24 == 0 else detour))
+    return min(candidates, key=lambda n: n * (1.0 if n % 16 == 0 else 1.05 if n % 24 == 0 else detour))
 
 
 def _has_small_factors(length: int) -> bool:

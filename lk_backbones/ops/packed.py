@@ -17,8 +17,6 @@ from lk_backbones.ops._shapes import is_channels_last
 
 __all__ = ["pack_weight", "packed_conv2d", "takes_packed_weight"]
 
-NO_ACTIVATION = ("none", "")
-
 
 def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
     """Whether :func:`packed_conv2d` can stand in for a convolution.
@@ -96,7 +94,7 @@ def packed_conv2d(
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    activation: tuple[str, str] = NO_ACTIVATION,
+    activation: tuple[str, str] = ("none", ""),
 ) -> Tensor:
     """Convolution with a packed weight, then an activation while the result is in the cache.
 

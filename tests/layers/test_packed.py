@@ -126,6 +126,34 @@ def test_weights_made_in_inference_mode_are_not_packed():
         torch.testing.assert_close(layer(MAPS), 2 * before)
 
 
+def test_attributes_changed_afterwards_count():
+    layer, plain = packed_layer()
+    for conv in (layer, plain[0]):
+        conv.stride = (2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
+        for conv in (layer, plain[0]):
+            conv.padding = (1, 1)
+        torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
+
+
+def test_module_wide_changes_of_the_weights_count():
+    layer, plain = packed_layer()
+    for module in (layer, plain):  # as .to() and the like do it, here at the same address and uncounted
+        module._apply(lambda tensor: tensor.mul_(2))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
+
+
+def test_a_packed_layer_can_be_made_directly():
+    torch.manual_seed(0)
+    layer = PackedConv2d(8, 6, 3, padding=1, act=nn.GELU())
+    plain = nn.Conv2d(8, 6, 3, padding=1)
+    plain.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(MAPS), nn.functional.gelu(plain(MAPS)), rtol=1e-5, atol=1e-6)
+
+
 def test_subclasses_are_left_alone():
     class Scaled(nn.Conv2d):
         def forward(self, input):
