@@ -37,7 +37,6 @@ def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not wants_plain_convolution(input, weight)
         and is_channels_last(input)
-        and input.numel() > 0
         and not weight.is_inference()
         and bool(torch.backends.mkldnn.enabled)
         and _has_packed_operators()

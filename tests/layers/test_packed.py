@@ -78,8 +78,9 @@ def test_packed_weight_follows_the_weight():
         layer.weight = nn.Parameter(torch.ones_like(layer.weight))
         plain[0].weight = nn.Parameter(torch.ones_like(layer.weight))
         torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
-        for conv in (layer, plain[0]):  # another weight at the same address
-            conv.weight = nn.Parameter(conv.weight.data.mul_(3))
+        for conv in (layer, plain[0]):  # another weight at the same address and of the same version
+            conv.weight.data.mul_(3)
+            conv.weight = nn.Parameter(conv.weight.data)
         torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
 
 
@@ -105,6 +106,18 @@ def test_packed_layer_is_copied_saved_and_cast_without_the_packed_weight():
         torch.testing.assert_close(compiled(MAPS), scripted(MAPS), rtol=1e-5, atol=1e-6)
         exported = torch.export.export(layer, (MAPS,)).module()
         torch.testing.assert_close(exported(MAPS), scripted(MAPS), rtol=1e-5, atol=1e-6)
+
+
+def test_tracers_and_transforms_see_plain_convolutions():
+    layer, plain = packed_layer(nn.GELU())
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, MAPS)
+        assert "mkldnn::" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
+        tangent = torch.ones_like(MAPS)
+        _, ours = torch.func.jvp(layer, (MAPS,), (tangent,))
+        _, theirs = torch.func.jvp(plain, (MAPS,), (tangent,))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_hooks_on_the_activation_are_still_called():
@@ -140,7 +153,7 @@ def test_attributes_changed_afterwards_count():
 def test_module_wide_changes_of_the_weights_count():
     layer, plain = packed_layer()
     for module in (layer, plain):  # as .to() and the like do it, here at the same address and uncounted
-        module._apply(lambda tensor: tensor.mul_(2))
+        module._apply(lambda tensor: tensor.data.mul_(2))
     with torch.no_grad():
         torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
 

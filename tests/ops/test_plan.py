@@ -36,6 +36,7 @@ def avx512(monkeypatch):
         ((1, 512, 14, 14), 27, ("direct", "direct"), ("native", "direct")),
         ((8, 1024, 7, 7), 13, ("native", "direct"), ("direct", "direct")),  # 13 taps run as 15 in channels_last
         ((1, 1024, 7, 7), 13, ("native", "direct"), ("native", "direct")),  # but not on one small map
+        ((1, 3, 16, 16), 15, ("direct", "direct"), ("native", "direct")),  # transforms of three maps: mostly calls
         ((8, 128, 56, 56), 31, ("fft", "fft"), ("fft", "fft")),
         ((1, 128, 128, 128), 31, ("fft", "fft"), ("fft", "fft")),
         ((1, 96, 128, 128), 51, ("fft", "fft"), ("fft", "fft")),
