@@ -3,7 +3,6 @@
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Literal
 
 import albumentations as A
@@ -73,13 +72,16 @@ class ImageDataModule(LightningDataModule, ABC):
     resumed from any checkpoint sees what an undisturbed one sees. Evaluation loaders give every picture exactly once,
     also under DDP.
 
-    A subclass gives :meth:`load_classes`, :meth:`make_dataset` and :meth:`collate`, and says which splits it has.
+    A subclass gives :meth:`load_classes`, :meth:`make_dataset` and :meth:`collate`, and says which splits it has. Data
+    sets and :meth:`collate` go to the loading processes, pickled where these are not forked: they must not refer to the
+    data module, which would take the trainer along.
 
     Args:
         batch_size: Training pictures per device.
         val_batch_size: Pictures per device in validation, test and prediction.
         num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
-            With workers, scripts on Windows and macOS need the usual ``if __name__ == "__main__":``.
+            They are started as ``torch.multiprocessing.set_start_method`` says. Where that is not ``"fork"`` (by
+            default on Windows, on macOS, and from Python 3.14) scripts need ``if __name__ == "__main__":``.
         seed: Of the order and the augmentation. None: the seed of ``seed_everything`` if it was called, else 0. A
             resumed run takes the seed of its checkpoint.
         check_files: What to look at in ``setup``: ``"auto"``, ``"full"``, ``"headers"`` or ``"off"``.
@@ -130,8 +132,9 @@ class ImageDataModule(LightningDataModule, ABC):
             FileNotFoundError: Folders or files are missing; the message names them.
         """
 
+    @staticmethod
     @abstractmethod
-    def collate(self, samples: list[Any]) -> Any:
+    def collate(samples: list[Any]) -> Any:
         """Makes a batch of samples."""
 
     def make_sampler(self, dataset: Any) -> TrainingSampler:
@@ -228,28 +231,26 @@ class ImageDataModule(LightningDataModule, ABC):
             drop_last=True,  # batch norm and pyramid pooling fail on a last batch of one
             worker_init_fn=init_worker,
             persistent_workers=self.num_workers > 0,
-            batches_done=self._batches_done(),
+            batches_done=self._batches_done if self._loads_for_training_loop() else None,
         )
 
-    def _batches_done(self) -> Callable[[], int] | None:
-        """Returns what tells how many batches of the epoch that begins were processed before a restart.
-
-        Whether a run is being resumed need not be known yet: where the task asks for the number of steps, Lightning
-        makes the loader before it restores the checkpoint.
-        """
+    def _loads_for_training_loop(self) -> bool:
+        """Returns whether the loader that is being made is the training loop's, which may go on within an epoch."""
         trainer = self.trainer
-        if trainer is None or not trainer.training:
-            return None
-        if trainer.train_dataloader is not None:
-            return None  # the training loop has its loader already; this one is for somebody else
+        # Where the loop has its loader already, this one is for somebody else.
+        return trainer is not None and bool(trainer.training) and trainer.train_dataloader is None
 
-        def batches_done() -> int:
-            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            if batches:
-                self._warn_if_changed()
-            return batches
+    def _batches_done(self) -> int:
+        """Returns how many batches of the epoch that begins were processed before a restart.
 
-        return batches_done
+        To be asked when the epoch begins: where the task asks for the number of steps, Lightning makes the loader
+        before it restores the checkpoint.
+        """
+        assert self.trainer is not None
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batches:
+            self._warn_if_changed()
+        return batches
 
     def _warn_if_changed(self) -> None:
         now, then = self.state_dict(), self._state_of_checkpoint

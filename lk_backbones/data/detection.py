@@ -203,7 +203,8 @@ class DetectionDataModule(ImageDataModule):
         """The data set's own id of every class, in the order of the labels: label 1 is ``category_ids[0]``."""
         return sorted(self.classes.class_of_label, key=self.classes.class_of_label.__getitem__)
 
-    def collate(self, samples: list[Any]) -> Batch:
+    @staticmethod
+    def collate(samples: list[Any]) -> Batch:
         """See :func:`collate`."""
         return collate(samples)
 

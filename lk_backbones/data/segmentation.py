@@ -149,7 +149,7 @@ class SegmentationDataModule(ImageDataModule):
         batch_size: Training crops per device.
         val_batch_size: Pictures per device in validation, test and prediction. More than 1 needs pictures of one size.
         num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
-            With workers, scripts on Windows and macOS need the usual ``if __name__ == "__main__":``.
+            See :class:`~lk_backbones.data.datamodule.ImageDataModule` for how they are started.
         crop_size: ``(height, width)`` of training crops, or one number for both.
         scale_range: Smallest and largest ratio of the random resizing.
         base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1. None: their own size.
@@ -208,7 +208,8 @@ class SegmentationDataModule(ImageDataModule):
             FileNotFoundError: Folders or files are missing; the message names them.
         """
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         """See :func:`collate`."""
         return collate(samples)
 
