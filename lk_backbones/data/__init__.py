@@ -1,5 +1,11 @@
 """Data modules: data sets on disk and made up, as Lightning feeds them to a task."""
 
+import os
+
+# albumentations asks the package index for its newest version when it is imported; an import must not use the network.
+# Set here, as every way to a module of this package leads through this file first.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
 from lk_backbones.data.ade20k import ADE20KDataModule
 from lk_backbones.data.cityscapes import CityscapesDataModule
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable

@@ -8,16 +8,11 @@ Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)`
 normalises. Masks are uint8 class indices `(H, W)`, 255 where there is none.
 """
 
-import os
 from typing import Any
 
+import albumentations as A
 import cv2
 import numpy as np
-
-# albumentations asks the package index for its newest version when it is imported; an import must not use the network.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
 from albumentations.core.transforms_interface import DualTransform
 from albumentations.core.type_definitions import Targets
 from albumentations.pytorch import ToTensorV2
