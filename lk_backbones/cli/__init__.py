@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
             hub.convert(args[1:])
         else:
             training.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError) as error:
+    except (ValueError, OSError) as error:
         # What these say is meant for the user; the way to them is not.
         if os.environ.get("LK_BACKBONES_TRACEBACK"):
             raise

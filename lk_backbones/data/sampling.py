@@ -5,6 +5,7 @@ seed of each sample's augmentation. A run that was killed and continues from a c
 epoch, therefore sees what an undisturbed run would have seen; the number of workers does not matter.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple
@@ -171,8 +172,14 @@ def evaluation_loader(
 
 
 def init_worker(worker_id: int) -> None:
-    """Keeps OpenCV in a data-loading worker on one thread; the workers are the parallelism."""
+    """Prepares a loading process.
+
+    OpenCV stays on one thread, as the workers are the parallelism. The first SIGTERM is ignored: cluster managers and
+    ``timeout`` send it to all processes of a run at once, and the main process, which may want to save, ends its
+    workers itself.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def world() -> tuple[int, int]:

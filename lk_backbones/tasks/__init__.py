@@ -2,6 +2,7 @@
 
 from lk_backbones.tasks.base import BaseTask, without_encoder_weights
 from lk_backbones.tasks.callbacks import ReproducibleSteps, SamplesSeen
+from lk_backbones.tasks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
 from lk_backbones.tasks.coco_results import CocoResults
 from lk_backbones.tasks.detection import DetectionTask
 from lk_backbones.tasks.openmmlab import openmmlab_state_dict
@@ -10,12 +11,14 @@ from lk_backbones.tasks.segmentation import SegmentationTask
 from lk_backbones.tasks.tables import MetricsTable
 
 __all__ = [
+    "AtomicCheckpointIO",
     "BaseTask",
     "CocoResults",
     "DetectionTask",
     "MetricsTable",
     "Overlays",
     "ReproducibleSteps",
+    "SafeCheckpoints",
     "SamplesSeen",
     "SegmentationTask",
     "openmmlab_state_dict",

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from typing_extensions import Self
 
+from lk_backbones.tasks.checkpoints import SafeCheckpoints
 from lk_backbones.tasks.drawing import Color, default_colors
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
 from lk_backbones.tasks.optim import (
@@ -201,6 +202,11 @@ class BaseTask(L.LightningModule):
                 self.hparams[key] = values
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Bring along `SafeCheckpoints`, unless the trainer has one."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(c, SafeCheckpoints) for c in callbacks) else [SafeCheckpoints()]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
