@@ -7,6 +7,7 @@ a file that asks for more is refused, because unpickling could run any code.
 import argparse
 import hashlib
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ def _unpickle(file: Path) -> Any:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        unsafe = _unsafe_globals(file)
+        unsafe = _unsafe_globals(file, error)
         if unsafe:
             raise WeightsError(
                 f"'{file}' is a pickle of more than weights and is not read: loading it could run any code. It asks "
@@ -160,13 +161,15 @@ def _unpickle(file: Path) -> Any:
         ) from error
 
 
-def _unsafe_globals(file: Path) -> list[str]:
+def _unsafe_globals(file: Path, error: Exception) -> list[str]:
+    """What a pickle asks for that is not allowed; nothing if it is only damaged."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a pickle that torch wrote; an old-format pickle has no such list
         with file.open("rb") as stream:
-            return ["objects of an old or foreign pickle"] if stream.read(1) == b"\x80" else []
+            foreign = stream.read(1) == b"\x80" and isinstance(error, pickle.UnpicklingError)
+            return ["objects of an old or foreign pickle"] if foreign else []
 
 
 def _without_companions(content: Any, file: Path) -> Checkpoint:
@@ -216,8 +219,6 @@ def _check_tensor(tensor: torch.Tensor, key: str, file: Path) -> None:
         kind = f"a {type(tensor).__name__}"
     elif tensor.is_quantized:
         kind = "quantised"
-    elif tensor.is_nested:
-        kind = "nested"
     elif tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.")
     elif tensor.is_meta:

@@ -319,7 +319,7 @@ def _from_timm(name: str, revision: str | None) -> Weights:
     names = [published.name for published in list_published()]
     what = "has no published weights" if config is not None else "is neither a file, a folder nor published weights"
     raise WeightsError(
-        f"'{name}' {what}{nearest(name, [*names, *timm.list_pretrained(architecture + '*')])}; a Hub repository is "
+        f"{shorten(name)} {what}{nearest(name[:80], [*names, *timm.list_pretrained(architecture + '*')])}; a Hub repository is "
         f"written 'hf-hub:owner/name', and `lk-backbones hub list` shows what is published"
     )
 
