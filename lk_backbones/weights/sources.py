@@ -318,8 +318,9 @@ def _from_timm(name: str, revision: str | None) -> Weights:
         return _from_file(fetch_url(settings["url"], None), settings, settings["url"])
     names = [published.name for published in list_published()]
     what = "has no published weights" if config is not None else "is neither a file, a folder nor published weights"
+    similar = nearest(name[:80], [*names, *timm.list_pretrained(architecture + "*")])
     raise WeightsError(
-        f"{shorten(name)} {what}{nearest(name[:80], [*names, *timm.list_pretrained(architecture + '*')])}; a Hub repository is "
+        f"{shorten(name)} {what}{similar}; a Hub repository is "
         f"written 'hf-hub:owner/name', and `lk-backbones hub list` shows what is published"
     )
 
