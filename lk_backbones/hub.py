@@ -115,10 +115,10 @@ def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Te
             return None
         try:
             return openmmlab_state_dict(task, state)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # keys or shapes that no published model has
             raise WeightMismatchError(
                 f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(model)}: "
-                f"{error.args[0]}. load_weights(model.encoder, …) takes its backbone alone"
+                f"{error.args[0] if error.args else error}. load_weights(model.encoder, …) takes its backbone alone"
             ) from error
     if isinstance(model, BaseTask):
         if any(key.startswith(("model.encoder.", "model.backbone.encoder.")) for key in state):

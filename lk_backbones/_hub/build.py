@@ -1,16 +1,27 @@
 """From weights and what is written beside them to the model they belong to, without its values."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import lk_backbones.tasks
 from lk_backbones.encoders.loading import fitting_arguments, fitting_encoders, is_dense_model
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.base import BaseTask, class_name_of, without_encoder_weights
 from lk_backbones.tasks.openmmlab import detector_arguments, upernet_arguments
+from lk_backbones.weights.arguments import (
+    check_architecture,
+    check_model_arguments,
+    check_plain,
+    shorten,
+    weight_arguments,
+)
 from lk_backbones.weights.catalogue import identify_published, list_published
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.sources import Weights
@@ -32,49 +43,111 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
     Raises:
         WeightsError: If that cannot be told, or is not known here.
     """
-    own = weights.config.get("_lk_backbones", {})
-    if "hyper_parameters" in own:
-        return _task(own.get("class", "SegmentationTask"), own["hyper_parameters"], weights)
+    config = weights.config
+    own = config.get("_lk_backbones") or {}
+    if own.get("hyper_parameters") is not None:
+        return _task(own.get("class") or "SegmentationTask", own["hyper_parameters"], weights)
     if weights.hyper_parameters:
         return _task(class_name_of(weights.hyper_parameters), weights.hyper_parameters, weights)
-    if "_model_class" in weights.config:
+    if config.get("_model_class") is not None:
         return _smp_model(weights)
-    if "architecture" in weights.config:
-        arguments = weights.config.get("model_args", {})
-        if "num_classes" in weights.config:
-            arguments = {"num_classes": weights.config["num_classes"]} | arguments
-        tag = weights.config.get("pretrained_cfg", {}).get("tag")
-        full_name = f"{weights.config['architecture']}.{tag}" if tag else weights.config["architecture"]
-        known = full_name in timm.list_models(f"{weights.config['architecture']}.*", include_tags=True)
-        return timm.create_model(full_name if known else weights.config["architecture"], **arguments)
+    if config.get("architecture") is not None:
+        architecture = config["architecture"]
+        arguments = dict(config.get("model_args") or {})
+        if config.get("num_classes") is not None:
+            arguments.setdefault("num_classes", config["num_classes"])
+        tag = (config.get("pretrained_cfg") or {}).get("tag")
+        full_name = f"{architecture}.{tag}"
+        known = tag and full_name in timm.list_models(f"{architecture}.*", include_tags=True)
+        return _build(lambda: timm.create_model(full_name if known else architecture, **arguments), weights)
     return _published_model(weights, name or (weights.published.name if weights.published else None), kwargs or {})
+
+
+def _build(make: Callable[[], Any], weights: Weights) -> Any:
+    """Build a model that a file describes, which may describe anything.
+
+    It is built without memory first, and given up as soon as it outgrows the tensors that it is to take.
+    """
+    tensors = [*weights.state_dict.values(), *weights.extra.values()]
+    most_numbers = 2 * sum(tensor.numel() for tensor in tensors) + 10_000_000
+    most_tensors = 2 * len(tensors) + 10_000
+    numbers = count = 0
+
+    def limit(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal numbers, count
+        count += 1
+        numbers += 0 if parameter is None else parameter.numel()
+        if numbers > most_numbers or count > most_tensors:
+            raise WeightsError(f"'{weights.source}' describes a model that is far larger than its weights")
+
+    try:
+        hook = register_module_parameter_registration_hook(limit)
+        try:
+            with torch.device("meta"):
+                make()
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, WeightsError):
+                raise  # else: a constructor that computes with its tensors
+        finally:
+            hook.remove()
+        return make()
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever a constructor makes of arguments that it does not expect
+        raise WeightsError(
+            f"'{weights.source}' describes a model that this version of lk_backbones cannot build: "
+            f"{shorten(str(error), 500)} ({type(error).__name__})"
+        ) from error
 
 
 def _task(class_name: str, hyper_parameters: dict[str, Any], weights: Weights) -> BaseTask:
     # Only our own tasks: a file must not be able to choose what is imported and run.
     task_class = getattr(lk_backbones.tasks, class_name, None) if class_name in lk_backbones.tasks.__all__ else None
     if not (isinstance(task_class, type) and issubclass(task_class, BaseTask)):
-        raise WeightsError(f"'{weights.source}' is of a task '{class_name}', which this version of lk_backbones lacks")
-    arguments = {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
-    try:
+        raise WeightsError(
+            f"'{weights.source}' is of a task {shorten(class_name)}, which this version of lk_backbones lacks"
+        )
+    arguments = {key: value for key, value in hyper_parameters.items() if not str(key).startswith("_")}
+    where = f"'{weights.source}': 'hyper_parameters'"
+    check_plain(arguments, where)
+    unknown = sorted(arguments.keys() - inspect.signature(task_class).parameters.keys())
+    if unknown:
+        raise WeightsError(
+            f"'{weights.source}' was written by another version of {class_name}, which lacks the arguments "
+            f"{shorten(unknown[:5])}"
+        )
+    for key in ("encoder_kwargs", "architecture_kwargs"):
+        if arguments.get(key) is not None:
+            arguments[key] = check_model_arguments(arguments[key], f"{where}['{key}']")
+
+    def make() -> BaseTask:
         with without_encoder_weights():
             return task_class(**arguments)
-    except TypeError as error:
-        raise WeightsError(f"'{weights.source}' was written by another version of {class_name}: {error}") from error
+
+    return _build(make, weights)
 
 
 def _smp_model(weights: Weights) -> nn.Module:
-    config = dict(weights.config)
-    class_name = config.pop("_model_class")
+    config, where = weights.config, f"'{weights.source}'"
+    class_name = config["_model_class"]
     known = {model_class.__name__: model_class for model_class in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     if class_name not in known:
-        raise WeightsError(f"'{weights.source}' is an smp model '{class_name}', unknown to this version of smp")
+        raise WeightsError(f"{where} is an smp model {shorten(class_name)}, unknown to this version of smp")
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    return known[class_name](**(arguments | {"encoder_weights": None}))
+    arguments.pop("encoder_weights", None)  # they are in the file; smp would fetch them
+    arguments = check_model_arguments(arguments, where)
+    encoder = arguments.get("encoder_name")
+    if encoder is not None and encoder not in list(smp.encoders.encoders):
+        prefix, _, architecture = str(encoder).partition("-")
+        check_architecture(architecture if prefix in ("tu", "timm") else encoder, f"{where}: 'encoder_name'")
+    return _build(lambda: known[class_name](**arguments, encoder_weights=None), weights)
 
 
 def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
     """The model of a bare published file: by name, else by its keys and shapes."""
+    if not isinstance(kwargs, dict) or (loading := weight_arguments(kwargs)):
+        wrong = f"{', '.join(loading)} say where weights lie" if isinstance(kwargs, dict) else f"not {shorten(kwargs)}"
+        raise WeightsError(f"the model's keyword arguments must be a dictionary of what the model is: {wrong}")
     state = weights.state_dict
     if name is None:
         published = identify_published(weights.file)
@@ -96,10 +169,12 @@ def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any])
             ) from error
         arguments |= _preprocessing(weights, name, encoders[0])
         arguments |= {"encoder": encoders[0], "encoder_kwargs": fitting_arguments(encoders[0], state) | kwargs}
-        return SegmentationTask(**arguments) if segments else DetectionTask(**arguments)
+        task_class = SegmentationTask if segments else DetectionTask
+        return _build(lambda: task_class(**arguments), weights)
     classes = [len(value) for key, value in state.items() if key in _CLASSIFIER_WEIGHTS]
     name = name if name in encoders else encoders[0]
-    return timm.create_model(name, num_classes=classes[0] if classes else 0, **kwargs)
+    arguments = dict[str, Any](num_classes=classes[0] if classes else 0) | kwargs
+    return _build(lambda: timm.create_model(name, **arguments), weights)
 
 
 _CLASSIFIER_WEIGHTS = ("head.weight", "head.fc.weight")

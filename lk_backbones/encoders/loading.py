@@ -13,6 +13,9 @@ from torch import nn
 
 from lk_backbones.encoders.registry import list_encoders
 from lk_backbones.encoders.timm_names import family_filter, full_names, is_timm_model, timm_model, timm_names
+from lk_backbones.weights.arguments import shorten
+from lk_backbones.weights.errors import WeightMismatchError
+from lk_backbones.weights.origins import follow
 from lk_backbones.weights.report import LoadReport, Mode, load_state
 from lk_backbones.weights.sources import Weights
 
@@ -92,9 +95,16 @@ def _load_timm(
     full: Any = encoder if hasattr(encoder, "forward_head") else timm_model(encoder, kwargs)
     own, full_keys = encoder.state_dict(), full.state_dict().keys()
     by_full_name = {full_name: name for name, full_name in timm_names(encoder, full).items()}
-    published = _published_to_full(state, full)
-    used = {id(value) for value in published.values()}
-    report.skip(_ELSEWHERE, [key for key, value in state.items() if id(value) not in used])
+    try:
+        published, origins = follow(lambda named: _published_to_full(named, full), state)
+    except Exception as error:  # keys or shapes that the family's own function does not expect
+        name = full.pretrained_cfg.get("architecture")
+        raise WeightMismatchError(
+            f"'{report.source}' does not hold weights of '{name}': they cannot be renamed "
+            f"({type(error).__name__}: {shorten(str(error))}){_hint(state, str(name))}"
+        ) from error
+    used: frozenset[str] = frozenset().union(*origins.values())
+    report.skip(_ELSEWHERE, [key for key in state if key not in used])
 
     classifier = str(full.pretrained_cfg.get("classifier") or "head.fc") + "."
     renamed: dict[str, torch.Tensor] = {}
@@ -103,11 +113,12 @@ def _load_timm(
         name = by_full_name.get(key, key)
         if name in own and key.startswith(classifier) and own[name].shape != value.shape:
             new_classifier.append(name)
-            report.skip(f"a classifier of {len(value)} classes; the model keeps its own, of {len(own[name])}", [key])
+            reason = f"a classifier of {len(value)} classes; the model keeps its own, of {len(own[name])}"
+            report.skip(reason, sorted(origins[key]))
         elif name in own or not (key in full_keys or key.startswith(classifier)):
             renamed[name] = value  # an unknown key too, so that the comparison names it
         else:
-            report.skip(_ELSEWHERE, [key])
+            report.skip(_ELSEWHERE, sorted(origins[key]))
     _adapt_input(full, by_full_name, own, renamed, report)
     title = str(full.pretrained_cfg.get("architecture") or type(full).__name__)
     load_state(encoder, renamed, report, mode, f"'{title}'", lambda: _hint(state, title), new_classifier)

@@ -20,6 +20,7 @@ from lk_backbones.encoders.timm_names import family_filter, timm_model, timm_nam
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.download import fetch_from_hub
 from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.report import check_values
 from lk_backbones.weights.sources import NAMESPACE_VARIABLE, default_namespace, split_hub_id
 
 __all__ = ["LargeKernelEncoder", "register_with_smp"]
@@ -50,9 +51,13 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
 
         Returns:
             What `torch.nn.Module.load_state_dict` returns.
+
+        Raises:
+            WeightsError: If it holds NaN or infinity, or numbers of another kind than the encoder's.
         """
         if not any(key.startswith("model.") for key in state_dict):
             state_dict = self._from_timm(state_dict)
+        check_values(state_dict, self.state_dict(), f"the state dict for {self.name}")
         return super().load_state_dict(state_dict, **kwargs)
 
     def _from_timm(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ encoders go by their own name. Weights come from timm or smp by their own names,
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -18,6 +17,7 @@ from torch import nn
 from lk_backbones.encoders import list_encoders
 from lk_backbones.encoders.loading import load_encoder
 from lk_backbones.encoders.timm_names import timm_model, timm_names
+from lk_backbones.weights.arguments import check_architecture, weight_arguments
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.sources import is_source, pull, pull_config
@@ -90,14 +90,26 @@ def resolve_encoder(
         FileNotFoundError: If a weight file or folder does not exist.
     """
     kwargs = dict(kwargs or {})
+    if loading := weight_arguments(kwargs):
+        raise ValueError(
+            f"encoder_kwargs: {', '.join(repr(name) for name in loading)} would fetch or read weights unchecked; these "
+            f"say what the model is, and encoder_weights takes a file, a folder or 'hf-hub:owner/name'"
+        )
     base = encoder.removeprefix("tu-")
     if base.startswith(_REMOTE):
-        return _resolve_repository(base, weights, kwargs, load)
+        if not load:  # a checkpoint or config.json: those that a task wrote name the model instead
+            raise ValueError(
+                f"encoder='{encoder}': the encoder of a model that is rebuilt from a file must be named, such as "
+                f"'tu-resnet18'; it is not fetched from elsewhere"
+            )
+        return _resolve_repository(base, weights, kwargs)
     architecture, _, tag = base.partition(".")
     by_smp = not encoder.startswith("tu-") and architecture not in list_encoders() and base in smp.encoders.encoders
     if not (by_smp or timm.is_model(architecture)):
         known = {*list_encoders(), *smp.encoders.encoders, *timm.list_models()}
         raise ValueError(f"unknown encoder '{encoder}'{nearest(architecture, known)}")
+    if not by_smp:
+        check_architecture(base, f"encoder='{encoder}'")
     if by_smp and kwargs:
         raise ValueError(
             f"encoder_kwargs {sorted(kwargs)} would be dropped: '{encoder}' is an encoder of smp's own, which "
@@ -106,17 +118,18 @@ def resolve_encoder(
     name = base if by_smp else f"tu-{base}"
     if weights is None or weights is False:
         return EncoderSpec(name, None, kwargs)
+    tags = [] if by_smp else _tags(architecture)
+    if not load:  # whatever a file says of its weights is not looked for either
+        # the tag stays in the name, because it can decide on the architecture (a transformer's image size)
+        tagged = weights in tags and tag in ("", weights)
+        return EncoderSpec(f"tu-{architecture}.{weights}" if tagged else name, None, kwargs)
     if isinstance(weights, str | os.PathLike) and (is_source(weights) or _is_published_name(weights)):
-        if not load:
-            return EncoderSpec(name, None, kwargs)
         source = os.fspath(weights)
-        if not source.startswith(_REMOTE) and is_source(source) and not Path(source).expanduser().exists():
+        if not source.startswith(_REMOTE) and is_source(source) and not os.path.exists(os.path.expanduser(source)):
             raise FileNotFoundError(f"encoder_weights: there is no file or folder '{weights}'")
         return EncoderSpec(name, None, kwargs, source)
     if by_smp:
-        smp_weights = _smp_weights(base, weights)
-        return EncoderSpec(name, smp_weights if load else None)
-    tags = _tags(architecture)
+        return EncoderSpec(name, _smp_weights(base, weights))
     if weights in _DEFAULT_WEIGHTS:
         if not tags:
             raise ValueError(
@@ -129,24 +142,21 @@ def resolve_encoder(
             f"of '{encoder}' (those are {tags or 'none'}){nearest(str(weights), tags)}"
         )
     else:
-        # the tag stays in the name, because it can decide on the architecture (a transformer's image size)
-        base = f"{architecture}.{weights}"
+        base = f"{architecture}.{weights}"  # as above
         name = f"tu-{base}"
-    if not load:
-        return EncoderSpec(name, None, kwargs)
     if architecture in list_encoders():  # from the team's mirror or the published place, checked and mapped by us
         return EncoderSpec(name, None, kwargs, base)
     return EncoderSpec(name, True, kwargs)
 
 
-def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[str, Any], load: bool) -> EncoderSpec:
+def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[str, Any]) -> EncoderSpec:
     """An encoder that is named by a Hub repository or folder: its architecture and weights."""
     config, pinned = pull_config(source)
-    if "architecture" not in config:
+    if config.get("architecture") is None:
         raise ValueError(f"encoder='{source}': its config.json names no timm model ('architecture')")
     name = f"tu-{config['architecture']}"
-    kwargs = {k: v for k, v in config.get("model_args", {}).items() if k not in _SET_BY_SMP} | kwargs
-    spec = resolve_encoder(name, pinned if weights in _DEFAULT_WEIGHTS else weights, kwargs, load)
+    kwargs = {k: v for k, v in (config.get("model_args") or {}).items() if k not in _SET_BY_SMP} | kwargs
+    spec = resolve_encoder(name, pinned if weights in _DEFAULT_WEIGHTS else weights, kwargs)
     # from now on without the network: the architecture is known
     spec.saved |= {"encoder": name, "encoder_kwargs": kwargs, "encoder_weights": pinned if weights else None}
     return spec

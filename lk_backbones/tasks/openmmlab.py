@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lk_backbones.encoders.loading import is_dense_model
 from lk_backbones.encoders.timm_names import family_filter, timm_model, timm_names
 from lk_backbones.heads.detection import published_state_dict
 from lk_backbones.heads.upernet import checkpoint_filter_fn
 from lk_backbones.tasks.detection import DetectionTask
 from lk_backbones.tasks.segmentation import SegmentationTask
+from lk_backbones.weights.origins import follow
 
 __all__ = ["detector_arguments", "openmmlab_encoder", "openmmlab_state_dict", "unused_keys", "upernet_arguments"]
 
@@ -87,13 +89,13 @@ def unused_keys(
     Returns:
         The keys.
     """
-    used = {id(value) for value in renamed.values()}
-    unused = [key for key, value in state_dict.items() if id(value) not in used]
-    if isinstance(task, DetectionTask):  # some of its tensors are put in another order, and are new ones then
-        own = [key for key in unused if not key.startswith(("backbone.", "model."))]
-        made = {key for key in own if published_state_dict(task.model, {key: state_dict[key]})}
-        unused = [key for key in unused if key not in made]
-    return unused
+    if is_dense_model(dict(state_dict)):
+        _, origins = follow(lambda named: openmmlab_state_dict(task, named), state_dict)
+        used = {key for keys in origins.values() for key in keys}
+    else:  # only renamed
+        kept = {id(value) for value in renamed.values()}
+        used = {key for key, value in state_dict.items() if id(value) in kept}
+    return [key for key in state_dict if key not in used]
 
 
 def openmmlab_encoder(

@@ -6,6 +6,9 @@ a file that asks for more is refused, because unpickling could run any code.
 
 import argparse
 import hashlib
+import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.errors import WeightsError
 
-__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "read_checkpoint", "sha256_of"]
+__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "read_checkpoint", "sha256_of"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -36,6 +40,7 @@ _HARMLESS += [
 
 # Under which key training scripts keep the state dict, in the order in which they are tried.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+_LONGEST_KEY = 1000
 # Top-level entries of a training checkpoint, and what to call them.
 _COMPANIONS = {
     "optimizer": "optimizer state",
@@ -88,8 +93,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
         FileNotFoundError: If there is no such file.
         WeightsError: If it is damaged, holds no tensors, or is a pickle of more than weights.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file '{file}'")
+    if not os.path.isfile(file):  # unlike Path, at ease with any text
+        raise FileNotFoundError(f"there is no file {shorten(str(file), 300)}")
     if file.suffix == ".safetensors":
         try:
             return _without_companions(load_file(file, device="cpu"), file)
@@ -102,12 +107,47 @@ def read_checkpoint(file: Path) -> Checkpoint:
     return _without_companions(_unpickle(file), file)
 
 
+def check_archive(file: Path) -> None:
+    """Check an archive, as `torch.save` writes them, before anything in it is read: its checksums and sizes.
+
+    torch does not compare the checksums, and would unpack a small file into any amount of memory.
+
+    Args:
+        file: The file; anything but such an archive passes.
+
+    Raises:
+        WeightsError: If it was damaged, or holds more than its size allows.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            content = sum(entry.file_size for entry in archive.infolist())
+            if content > file.stat().st_size:
+                raise WeightsError(
+                    f"'{file}' is a compressed archive, which would grow from {file.stat().st_size} to {content} "
+                    f"bytes; torch.save writes none: unpack it yourself if you trust it"
+                )
+            damaged = archive.testzip()
+    except WeightsError:
+        raise
+    except Exception as error:  # a directory of entries that makes no sense has many ways to fail
+        raise WeightsError(f"'{file}' is no whole archive ({error}): it is truncated or was altered") from error
+    if damaged is not None:
+        raise WeightsError(
+            f"'{file}' is damaged: the checksum of {shorten(damaged)} in it is wrong. Fetch it again, or take an "
+            f"earlier checkpoint"
+        )
+
+
 def _unpickle(file: Path) -> Any:
+    check_archive(file)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        unsafe = _unsafe_globals(file)
+        unsafe = _unsafe_globals(file, error)
         if unsafe:
             raise WeightsError(
                 f"'{file}' is a pickle of more than weights and is not read: loading it could run any code. It asks "
@@ -121,13 +161,15 @@ def _unpickle(file: Path) -> Any:
         ) from error
 
 
-def _unsafe_globals(file: Path) -> list[str]:
+def _unsafe_globals(file: Path, error: Exception) -> list[str]:
+    """What a pickle asks for that is not allowed; nothing if it is only damaged."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a pickle that torch wrote; an old-format pickle has no such list
         with file.open("rb") as stream:
-            return ["objects of an old or foreign pickle"] if stream.read(1) == b"\x80" else []
+            foreign = stream.read(1) == b"\x80" and isinstance(error, pickle.UnpicklingError)
+            return ["objects of an old or foreign pickle"] if foreign else []
 
 
 def _without_companions(content: Any, file: Path) -> Checkpoint:
@@ -145,17 +187,43 @@ def _without_companions(content: Any, file: Path) -> Checkpoint:
             skipped.setdefault(_COMPANIONS.get(key, "settings and counters of the training"), []).append(str(key))
     tensors = {}
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise WeightsError(
+                f"'{file}' has the key {shorten(key)}, which is no text but a {type(key).__name__}: these are no "
+                f"weights by name"
+            )
+        if len(key) > _LONGEST_KEY:
+            raise WeightsError(f"'{file}' has a key of {len(key)} letters, {shorten(key)}: no tensor has such a name")
         if not isinstance(value, torch.Tensor):
-            skipped.setdefault("not a tensor", []).append(str(key))
+            skipped.setdefault("not a tensor", []).append(key)
         elif key.startswith("ema_"):
             skipped.setdefault("EMA copy of the weights", []).append(key)
         elif key.startswith("data_preprocessor."):
             skipped.setdefault("mean and standard deviation of the pictures", []).append(key)
         else:
+            _check_tensor(value, key, file)
             tensors[key] = value
     if not tensors:
-        raise WeightsError(f"'{file}' holds no tensors by name; its keys are {[str(key) for key in content][:5]}")
+        keys = ", ".join(shorten(key) for key in list(content)[:5])
+        raise WeightsError(f"'{file}' holds no tensors by name; its keys are [{keys}]")
     for prefix in ("module.", "_orig_mod.", "module."):  # wrappers of data parallel training and torch.compile
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return Checkpoint(tensors, skipped, companions)
+
+
+def _check_tensor(tensor: torch.Tensor, key: str, file: Path) -> None:
+    """Refuse what is no ordinary array of numbers, each of which the file holds."""
+    kind = None
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kind = f"a {type(tensor).__name__}"
+    elif tensor.is_quantized:
+        kind = "quantised"
+    elif tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    elif tensor.is_meta:
+        kind = "without values (on the meta device)"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = f"of shape {tuple(tensor.shape)}, but the file does not hold as many numbers"
+    if kind is not None:
+        raise WeightsError(f"'{file}' holds no plain weights: {shorten(key)} is {kind}. Save it as an ordinary tensor")

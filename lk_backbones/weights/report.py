@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lk_backbones.weights.errors import WeightMismatchError
+from lk_backbones.weights.errors import WeightMismatchError, WeightsError
 
-__all__ = ["LoadReport", "Mode", "load_state"]
+__all__ = ["LoadReport", "Mode", "check_values", "load_state"]
 
 # strict: every tensor of the model must be in the file, and the reverse.
 # lenient: a few missing or unknown tensors are reported; a wrong shape is an error.
@@ -56,6 +56,50 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
+def check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors that would leave a model useless: of another kind of numbers than its own, or not finite.
+
+    Other precisions of the same kind are cast, as always. Batch counters are not looked at.
+
+    Args:
+        state: Tensors by the model's names; those that it lacks are not looked at.
+        own: The model's tensors.
+        source: What to call the weights in the error.
+
+    Raises:
+        WeightsError: With the first such keys, and what is wrong with them.
+    """
+    problems = []
+    for key, value in state.items():
+        mine = own.get(key)
+        if mine is None or key.endswith("num_batches_tracked") or value.is_meta or mine.is_meta:
+            continue
+        if mine.is_floating_point():
+            if value.dtype not in _FLOATING:
+                problems.append(f"{key} holds numbers of type {_name(value.dtype)} instead of {_name(mine.dtype)}")
+            elif not _finite(value.to(mine.dtype)) and _finite(mine):  # masks hold infinity rightly
+                what = "NaN or infinity" if not _finite(value) else f"numbers that {_name(mine.dtype)} cannot hold"
+                problems.append(f"{key} holds {what}")
+        elif value.is_complex() != mine.is_complex():
+            problems.append(f"{key} holds numbers of type {_name(value.dtype)} instead of {_name(mine.dtype)}")
+        elif value.is_floating_point() and not torch.equal(value, value.round()):
+            problems.append(f"{key} holds fractions instead of {_name(mine.dtype)}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise WeightsError(f"'{source}' holds no usable weights: {'; '.join(problems[:3])}{more}")
+
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def load_state(
     module: nn.Module,
     state: Mapping[str, torch.Tensor],
@@ -79,6 +123,7 @@ def load_state(
     Raises:
         WeightMismatchError: If the weights are another model's, with the first missing, unexpected and wrongly shaped
             keys.
+        WeightsError: If they are no usable numbers, see `check_values`.
     """
     own, keep = module.state_dict(), set(keep)
     counters = {key for key in own if key.endswith("num_batches_tracked")}
@@ -102,6 +147,7 @@ def load_state(
         )
 
     usable = {key: value for key, value in state.items() if key in own and key not in misshapen}
+    check_values(usable, own, report.source)
     nn.Module.load_state_dict(module, usable, strict=False)  # the keys are final: no renaming of a subclass
     report.loaded += usable
     report.missing += missing

@@ -1,16 +1,19 @@
 """From a source in any spelling to tensors: Hub repository, folder, file, or the name of published weights."""
 
-import json
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
+from lk_backbones.weights.config import read_config
 from lk_backbones.weights.download import HubFile, explain, fetch_from_hub, fetch_url, is_missing
 from lk_backbones.weights.errors import DownloadError, WeightsError, nearest
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
@@ -21,6 +24,7 @@ NAMESPACE_VARIABLE = "LK_BACKBONES_NAMESPACE"
 _PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 # File names of weights in a folder or Hub repository, best first.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_SOURCES = "'hf-hub:owner/name', a folder, a weight file, or the name of published weights is expected"
 # Of a task: what its network has beside the smp model, see lk_backbones.hub.
 EXTRA_FILE = "task.safetensors"
 
@@ -77,7 +81,7 @@ def is_source(text: str | os.PathLike[str]) -> bool:
         text.startswith(_PREFIXES)
         or text.endswith(WEIGHT_SUFFIXES)
         or os.sep in text
-        or Path(text).expanduser().exists()
+        or (text != "" and os.path.exists(os.path.expanduser(text)))  # unlike Path, at ease with any text
     )
 
 
@@ -96,8 +100,8 @@ def split_hub_id(text: str) -> tuple[str, str | None, str | None]:
     location, _, revision = text.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
     owner, _, rest = location.partition("/")
     name, _, filename = rest.partition("/")
-    if not owner or not name:
-        raise WeightsError(f"'{text}' is no Hub repository: 'hf-hub:owner/name' or 'hf-hub:owner/name@revision'")
+    if not owner or not name or {".", ".."} & set(location.split("/")):
+        raise WeightsError(f"{shorten(text)} is no Hub repository: 'hf-hub:owner/name' or 'hf-hub:owner/name@revision'")
     return f"{owner}/{name}", filename or None, revision or None
 
 
@@ -122,20 +126,22 @@ def pull(source: str | os.PathLike[str], revision: str | None = None, *, namespa
         WeightsError: If what was found is damaged, dangerous or no weights.
     """
     text = os.fspath(source)
+    if text.removeprefix("local-dir:") == "":
+        raise WeightsError(f"the source of the weights is empty ('{text}'): {_SOURCES}")
     if text.startswith(("hf-hub:", "hf_hub:")):
         repo, filename, pinned = split_hub_id(text)
         if revision and pinned and revision != pinned:
             raise WeightsError(f"'{text}' names the revision '{pinned}', but revision='{revision}' was given too")
         return _from_hub(repo, filename, revision or pinned)
-    path = Path(text.removeprefix("local-dir:")).expanduser()
+    path = Path(os.path.expanduser(text.removeprefix("local-dir:")))
     if is_source(text):
         if revision:
             raise WeightsError(f"revision='{revision}' is for Hub repositories; '{text}' is on this machine")
-        if path.is_dir():
+        if os.path.isdir(path):
             return _from_folder(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             repository = f", or 'hf-hub:{text}' if a Hub repository is meant" if text.count("/") == 1 else ""
-            raise FileNotFoundError(f"there is no file or folder '{text}'{repository}")
+            raise FileNotFoundError(f"there is no file or folder {shorten(text, 300)}{repository[:300]}")
         return _from_file(path)
     return _from_name(text, revision, namespace or default_namespace())
 
@@ -157,11 +163,14 @@ def pull_config(source: str) -> tuple[dict[str, Any], str]:
     if source.startswith(("hf-hub:", "hf_hub:")):
         repo, _, revision = split_hub_id(source)
         file = fetch_from_hub(repo, "config.json", revision)
-        return _read_config(file.path), f"hf-hub:{repo}@{file.commit}"
-    file_on_disk = Path(source.removeprefix("local-dir:")).expanduser() / "config.json"
-    if not file_on_disk.is_file():
-        raise FileNotFoundError(f"there is no '{file_on_disk}'")
-    return _read_config(file_on_disk), source
+        return read_config(file.path), f"hf-hub:{repo}@{file.commit}"
+    folder = source.removeprefix("local-dir:")
+    if not folder:
+        raise WeightsError(f"'{source}' names no folder: 'local-dir:FOLDER' is expected")
+    file_on_disk = Path(os.path.expanduser(folder)) / "config.json"
+    if not os.path.exists(file_on_disk):
+        raise FileNotFoundError(f"there is no {shorten(str(file_on_disk), 300)}")
+    return read_config(file_on_disk), source
 
 
 def _from_file(path: Path, config: dict[str, Any] | None = None, source: str | None = None) -> Weights:
@@ -181,12 +190,16 @@ def _from_file(path: Path, config: dict[str, Any] | None = None, source: str | N
 def _from_folder(folder: Path) -> Weights:
     candidates = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
     if not candidates:
-        candidates = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.name != EXTRA_FILE)
+        try:
+            found_files = sorted(folder.iterdir())
+        except OSError as error:
+            raise WeightsError(f"'{folder}' cannot be read: {error.strerror}") from error
+        candidates = [p for p in found_files if p.suffix in WEIGHT_SUFFIXES and p.name != EXTRA_FILE]
         if len(candidates) != 1:
             found = f": name one of {[p.name for p in candidates]}" if candidates else ""
             raise FileNotFoundError(f"'{folder}' holds no {_WEIGHT_FILES[0]}{found}")
     config = folder / "config.json"
-    weights = _from_file(candidates[0], _read_config(config) if config.is_file() else {}, str(folder))
+    weights = _from_file(candidates[0], read_config(config) if config.exists() else {}, str(folder))
     if (folder / EXTRA_FILE).is_file():
         weights.extra = read_checkpoint(folder / EXTRA_FILE).state_dict
     return weights
@@ -194,10 +207,7 @@ def _from_folder(folder: Path) -> Weights:
 
 def _from_hub(repo: str, filename: str | None, revision: str | None) -> Weights:
     file = fetch_from_hub(repo, filename, revision) if filename else _best_file(repo, revision)
-    config: dict[str, Any] = {}
-    config_file = _fetch_if_there(repo, "config.json", file.commit)  # the same commit, and no second look-up
-    if config_file is not None:
-        config = _read_config(config_file.path)
+    config = _fetch_config(repo, file.commit)  # the same commit, and no second look-up
     where = f"hf-hub:{repo}{'/' + filename if filename else ''}@{file.commit}"
     weights = _from_file(file.path, config, where)
     if config.get("_lk_backbones", {}).get("extra"):
@@ -206,10 +216,19 @@ def _from_hub(repo: str, filename: str | None, revision: str | None) -> Weights:
 
 
 def _best_file(repo: str, revision: str | None) -> HubFile:
+    unknown: DownloadError | None = None
     for name in _WEIGHT_FILES:
-        found = _fetch_if_there(repo, name, revision)
+        try:
+            found = _fetch_if_there(repo, name, revision)
+        except DownloadError as error:
+            if not _is_offline(error):
+                raise
+            unknown = unknown or error  # a worse one may be in the cache
+            continue
         if found is not None:
             return found
+    if unknown is not None:
+        raise unknown
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:
@@ -221,29 +240,38 @@ def _best_file(repo: str, revision: str | None) -> HubFile:
     )
 
 
+def _fetch_config(repo: str, commit: str) -> dict[str, Any]:
+    """The ``config.json`` beside weights that are here already; a repository need not have one."""
+    try:
+        file = _fetch_if_there(repo, "config.json", commit)
+    except DownloadError as error:
+        if not _is_offline(error):
+            raise
+        warnings.warn(
+            f"offline, it cannot be told whether '{repo}' has a config.json: none is in the cache. Its weights are "
+            f"used without one; if it has one, its mean and standard deviation are not known",
+            stacklevel=2,
+        )
+        return {}
+    return {} if file is None else read_config(file.path)
+
+
 def _fetch_if_there(repo: str, filename: str, revision: str | None) -> HubFile | None:
     try:
         return fetch_from_hub(repo, filename, revision)
     except DownloadError as error:
         if type(error.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
+        # the client notes in its cache what a repository lacks, but does not look there when it is offline
+        uncached = isinstance(error.__cause__, LocalEntryNotFoundError)
+        if uncached and try_to_load_from_cache(repo, filename, revision=revision) is _CACHED_NO_EXIST:
+            return None
         raise
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"'{file}' is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"'{file}' must hold a JSON object, not a {type(config).__name__}")
-    architecture = config.get("architecture")
-    if architecture is not None and not (isinstance(architecture, str) and timm.is_model(architecture)):
-        raise WeightsError(
-            f"'{file}' names the architecture {architecture!r}, which neither timm nor this version of lk_backbones "
-            f"knows{nearest(str(architecture), timm.list_models())}; a newer version may"
-        )
-    return config
+def _is_offline(error: DownloadError) -> bool:
+    """Whether a file is not in the cache and nobody may be asked whether there is one."""
+    return bool(constants.HF_HUB_OFFLINE) and isinstance(error.__cause__, LocalEntryNotFoundError)
 
 
 def _from_name(name: str, revision: str | None, namespace: str | None) -> Weights:
@@ -290,8 +318,9 @@ def _from_timm(name: str, revision: str | None) -> Weights:
         return _from_file(fetch_url(settings["url"], None), settings, settings["url"])
     names = [published.name for published in list_published()]
     what = "has no published weights" if config is not None else "is neither a file, a folder nor published weights"
+    similar = nearest(name[:80], [*names, *timm.list_pretrained(architecture + "*")])
     raise WeightsError(
-        f"'{name}' {what}{nearest(name, [*names, *timm.list_pretrained(architecture + '*')])}; a Hub repository is "
+        f"{shorten(name)} {what}{similar}; a Hub repository is "
         f"written 'hf-hub:owner/name', and `lk-backbones hub list` shows what is published"
     )
 

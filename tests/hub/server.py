@@ -96,7 +96,7 @@ class LoopbackHub:
         port = self.server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
         self.cdn = f"http://localhost:{port}/cdn"  # another host name: the client must not send its token there
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()  # ends quickly
 
     def close(self) -> None:
         self.server.shutdown()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import save
 
 from lk_backbones import hub as lk_hub
@@ -290,6 +290,58 @@ def test_offline_mode(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None
     before = len(hub.requests)
     check(pull(SOURCE))
     assert len(hub.requests) == before
+
+
+def pickled(tmp_path: Path) -> bytes:
+    torch.save(STATE, tmp_path / "x.pth")
+    return (tmp_path / "x.pth").read_bytes()
+
+
+@pytest.mark.parametrize("filename", ["pytorch_model.bin", "weights.pth"])
+def test_offline_without_a_config(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filename: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    commit = hub.add("you/bare", {filename: pickled(tmp_path)})
+    source = "hf-hub:you/bare" if filename == "pytorch_model.bin" else f"hf-hub:you/bare/{filename}"
+    online = pull(source)
+    set_offline(monkeypatch, True)
+    before = len(hub.requests)
+    for asked in (source, f"{source}@{commit}", online.source):
+        weights = pull(asked)
+        assert torch.equal(weights.state_dict["a.weight"], STATE["a.weight"])
+        assert weights.config == {}
+        assert weights.source == online.source
+    assert len(hub.requests) == before
+    assert not [w for w in recwarn if "config.json" in str(w.message)]  # known to be absent: nothing to say
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with a config", "without one"])
+def test_offline_what_cannot_be_known_is_said(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    hub.add("you/bare", {"pytorch_model.bin": pickled(tmp_path)} | ({"config.json": CONFIG} if there else {}))
+    hf_hub_download("you/bare", "pytorch_model.bin")  # as another program may have fetched it, alone
+    set_offline(monkeypatch, True)
+    with pytest.warns(UserWarning, match=r"offline, it cannot be told whether 'you/bare' has a config\.json"):
+        weights = pull("hf-hub:you/bare")
+    assert torch.equal(weights.state_dict["a.weight"], STATE["a.weight"])
+    assert weights.preprocessing == {}
+    set_offline(monkeypatch, False)
+    assert bool(pull("hf-hub:you/bare").preprocessing) is there
+
+
+@pytest.mark.parametrize("trouble", [{"status": 503}, {"status": 403}, {"cut_after": 0}])
+def test_online_a_config_that_cannot_be_had_is_not_left_out(hub: LoopbackHub, trouble: dict) -> None:
+    with hub.fault(method="", path="config.json", **trouble), pytest.raises(DownloadError, match=r"config\.json"):
+        pull(SOURCE)
+
+
+def test_offline_without_a_config_as_users_set_it(hub: LoopbackHub, process: Callable, tmp_path: Path) -> None:
+    hub.add("you/bare", {"pytorch_model.bin": pickled(tmp_path)})
+    first = finish(process(PULL, "hf-hub:you/bare"))
+    requests = len(hub.requests)
+    assert finish(process(PULL, "hf-hub:you/bare", env={"HF_HUB_OFFLINE": "1"})) == first
+    assert len(hub.requests) == requests
 
 
 def test_offline_mode_as_users_set_it(hub: LoopbackHub, process: Callable) -> None:

@@ -1,0 +1,133 @@
+"""The one gate for keyword arguments that came from outside: a downloaded ``config.json`` or checkpoint.
+
+Such a file describes a model; it must not fetch, read or run anything. So its arguments are plain values, and none is
+one of those that tell timm or smp where weights lie.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import timm
+
+from lk_backbones.weights.errors import WeightsError, nearest
+
+__all__ = ["check_architecture", "check_model_arguments", "check_plain", "shorten", "weight_arguments"]
+
+# What timm and smp take beside the model's own parameters: places of weights, and settings of their loading.
+_WEIGHT_ARGUMENTS = {
+    "cache_dir", "custom_load", "encoder_weights", "feature_cfg", "file", "kwargs_filter", "load_pretrained",
+    "model_cfg", "source", "state_dict", "url", "weights", "weights_only",
+}  # fmt: skip
+_WEIGHT_PREFIXES = ("checkpoint_", "hf_hub", "pretrained")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODEL_NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)
+_DEEPEST, _LONGEST_TEXT, _LARGEST = 8, 10_000, 1_000_000
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """A value as an error message shows it: as Python writes it, cut to a length."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def weight_arguments(names: Iterable[str]) -> list[str]:
+    """Those of some argument names that say where weights lie or how they are loaded, rather than what a model is.
+
+    Args:
+        names: Names of keyword arguments for `timm.create_model`.
+
+    Returns:
+        The names, sorted.
+    """
+    return sorted(n for n in names if n in _WEIGHT_ARGUMENTS or n.startswith(_WEIGHT_PREFIXES))
+
+
+def check_plain(value: Any, where: str, largest: float = math.inf, depth: int = 0) -> None:
+    """Refuse anything but ``None``, truth values, finite numbers, texts, and lists and dictionaries of these.
+
+    Args:
+        value: The value.
+        where: What to call it in the error, with the file and the key.
+        largest: Largest number that makes sense.
+        depth: How many containers it lies in.
+
+    Raises:
+        WeightsError: With the key and the value.
+    """
+    if depth > _DEEPEST:
+        raise WeightsError(f"{where} is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise WeightsError(f"{where} has the key {shorten(key)}, which is no text but a {type(key).__name__}")
+            check_plain(inner, f"{where}[{shorten(key)}]", largest, depth + 1)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            check_plain(inner, f"{where}[{i}]", largest, depth + 1)
+    elif isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            raise WeightsError(f"{where} is a text of {len(value)} letters: {shorten(value)}")
+    elif isinstance(value, int | float):
+        if not abs(value) <= largest or (isinstance(value, float) and not math.isfinite(value)):
+            limit = f", at most {largest:.0f}" if largest < math.inf else ""
+            raise WeightsError(f"{where} must be a finite number{limit}, not {shorten(value)}")
+    elif value is not None:
+        raise WeightsError(
+            f"{where} is a {type(value).__name__}; a file that describes a model may hold plain values only: numbers, "
+            f"texts, lists and dictionaries"
+        )
+
+
+def check_model_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """Vet keyword arguments of a model that a file names.
+
+    Args:
+        arguments: What the file holds.
+        where: What to call it in the error, with the file and the key.
+
+    Returns:
+        The arguments, without those of loading that ask for nothing (``pretrained: false``).
+
+    Raises:
+        WeightsError: If they are no plain values by name, or one says where weights lie.
+    """
+    if not isinstance(arguments, Mapping):
+        raise WeightsError(f"{where} must be a dictionary of keyword arguments, not {shorten(arguments)}")
+    for key in arguments:
+        if not isinstance(key, str) or not _NAME.fullmatch(key):
+            raise WeightsError(f"{where} has the key {shorten(key)}, which is no name of an argument")
+    check_plain(arguments, where, _LARGEST)
+    loading = weight_arguments(arguments)
+    asking = [name for name in loading if arguments[name] not in (None, False)]
+    if asking:
+        raise WeightsError(
+            f"{where} sets {', '.join(repr(name) for name in asking)}. A file that describes a model may not say where "
+            f"weights are fetched or read from: remove it there, or do not use the file"
+        )
+    return {key: value for key, value in arguments.items() if key not in loading}
+
+
+def check_architecture(name: Any, where: str) -> str:
+    """Vet the name of a timm model that a file names; a Hub repository or path in its place would be fetched or read.
+
+    Args:
+        name: What the file holds.
+        where: What to call it in the error, with the file and the key.
+
+    Returns:
+        The name.
+
+    Raises:
+        WeightsError: If timm has no such model.
+    """
+    if not (isinstance(name, str) and _MODEL_NAME.fullmatch(name) and timm.is_model(name.partition(".")[0])):
+        raise WeightsError(
+            f"{where} names the architecture {shorten(name)}, which neither timm nor this version of lk_backbones "
+            f"knows{nearest(str(name)[:80], timm.list_models())}; a newer version may"
+        )
+    return name
