@@ -82,8 +82,16 @@ def convert(args: list[str]) -> None:
     _add_card_arguments(parser)
     arguments = parser.parse_args(args)
     file = Path(arguments.file)
+    if not arguments.to and (not file.suffix or arguments.file.startswith(("hf-hub:", "hf_hub:"))):
+        raise ValueError(f"'{file}' has no name that a folder could be called after: name the folder with --to")
     folder = Path(arguments.to) if arguments.to else file.with_suffix("")
-    _write(arguments, arguments.file, f"you/{folder.name}", folder)
+    _write(arguments, arguments.file, f"you/{_repository_name(folder.name)}", folder)
+
+
+def _repository_name(text: str) -> str:
+    """The nearest name that a repository of the Hub may have."""
+    letters = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return re.sub(r"([-.])[-.]+", r"\1", letters)[:90].strip("-.") or "model"
 
 
 def _add_card_arguments(parser: argparse.ArgumentParser) -> None:
