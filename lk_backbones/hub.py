@@ -15,17 +15,22 @@ huggingface_hub's, with its own settings (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HU
 """
 
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
 from lk_backbones._hub.build import build_model
+from lk_backbones._hub.folder import check_target, new_folder
 from lk_backbones._hub.layout import RepositoryInfo, write_repository
 from lk_backbones.encoders.loading import find_encoder, is_dense_model, load_encoder
 from lk_backbones.tasks.base import BaseTask
@@ -212,8 +217,16 @@ def push(
     Raises:
         DownloadError: If the Hub refuses or cannot be reached; for instance for want of a token that may write.
         WeightsError: If the model is of no kind that can be published.
-        FileExistsError: If ``folder`` exists and holds anything else than an earlier such repository.
+        FileExistsError: If ``folder`` is anything else than an empty folder, or one that this function wrote and nobody
+            has changed since.
     """
+    _check_repo_id(repo_id)
+    source = None if isinstance(model, nn.Module) or not os.path.exists(model) else model
+    target = (
+        Path(folder if folder is not None else repo_id.rpartition("/")[2]) if dry_run or folder is not None else None
+    )
+    if target is not None:
+        check_target(target, source)  # before anything is fetched
     weights = None
     info = info or RepositoryInfo()
     if not isinstance(model, nn.Module):
@@ -222,13 +235,23 @@ def push(
         loaded = load_weights(model, weights)
         if report is not None:
             report.append(loaded)
-    with tempfile.TemporaryDirectory() as temporary:
-        written = Path(temporary) / "repository"
-        write_repository(model, written, repo_id, info, weights)
-        if dry_run or folder is not None:
-            target = Path(folder if folder is not None else repo_id.rpartition("/")[2])
-            _replace(written, target)
+    with ExitStack() as stack:
+        if target is None:
+            written = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_repository(model, written, repo_id, info, weights)
+        else:
             written = target
+            try:
+                with new_folder(target, source) as place:
+                    write_repository(model, place, repo_id, info, weights)
+            except FileExistsError:
+                raise
+            except (OSError, SafetensorError) as error:
+                number = re.search(r"os error (\d+)", str(error))  # of safetensors, which has an error class of its own
+                reason = error.strerror if isinstance(error, OSError) else number and os.strerror(int(number[1]))
+                raise WeightsError(
+                    f"'{target}' could not be written: {reason or error}. What was there is as it was"
+                ) from error
         if dry_run:
             return str(written)
         api = HfApi()
@@ -244,15 +267,10 @@ def push(
     return f"hf-hub:{repo_id}@{commit.oid}"
 
 
-def _replace(written: Path, target: Path) -> None:
-    """Move a finished folder to its place; an earlier one of the same kind gives way."""
-    if target.exists():
-        foreign = {path.name for path in target.iterdir()} - {path.name for path in written.iterdir()}
-        if not target.is_dir() or foreign:
-            raise FileExistsError(
-                f"'{target}' exists and holds other files ({sorted(foreign)[:3]}): choose another one"
-            )
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(written, partial := target.with_name(f".{target.name}.partial"), dirs_exist_ok=True)
-    partial.rename(target)
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise explain(error, repo_id) from error
+    if "/" not in repo_id:
+        raise WeightsError(f"'{repo_id}' is no repository name: 'owner/name' is expected")

@@ -1,11 +1,13 @@
 """The model card: what a stranger needs to know before using the weights."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lk_backbones._printing import printable
 from lk_backbones.weights.catalogue import PublishedWeights
 
 __all__ = ["CardFacts", "write_card"]
@@ -36,12 +38,15 @@ class CardFacts:
     task_class: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    new_tensors: list[str] = field(default_factory=list)
     published: PublishedWeights | None = None
+    claimed: PublishedWeights | None = None
     origin: str | None = None
     origin_sha256: str | None = None
     license: str | None = None
     data: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    noted_metrics: dict[str, float] = field(default_factory=dict)
     command: str | None = None
     description: str | None = None
 
@@ -87,10 +92,10 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
             task_type=pipeline,
             dataset_type="custom",
             dataset_name=facts.data or "validation data",
-            metric_type=key,
+            metric_type=printable(key),
             metric_value=round(value, 4),
         )
-        for key, value in facts.metrics.items()
+        for key, value in (facts.noted_metrics | facts.metrics).items()
     ]
     return ModelCardData(
         license=facts.license,
@@ -111,10 +116,15 @@ def _what_it_is(facts: CardFacts) -> str:
     if facts.published is not None:
         lines.append(f"The weights are those published as *{facts.published.paper}*, converted, not retrained.")
     if facts.arguments:
-        given = ", ".join(f"`{key}={value}`" for key, value in facts.arguments.items())
+        given = ", ".join(_code(f"{key}={value}") for key, value in facts.arguments.items())
         lines.append(f"Built with {given}.")
+    if facts.new_tensors:
+        lines.append(
+            f"{', '.join(map(_code, facts.new_tensors))}: new, not trained. It is the norm in front of a classifier, "
+            f"which the encoder of a dense model does not have."
+        )
     if facts.class_names:
-        lines.append(f"Classes, in order: {', '.join(facts.class_names)}.")
+        lines.append(f"Classes, in order: {', '.join(map(_inline, facts.class_names))}.")
     return "\n\n".join(lines)
 
 
@@ -171,10 +181,11 @@ def _input(facts: CardFacts) -> str:
 
 def _results(facts: CardFacts) -> str:
     parts = []
-    if facts.metrics:
-        rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in facts.metrics.items())
-        how = f"Measured with `{facts.command}`:" if facts.command else "Noted in the training checkpoint:"
-        parts.append(f"{how}\n\n| metric | value |\n|---|---|\n{rows}")
+    how = f"Measured with {_code(facts.command)}:" if facts.command else "As stated by the publisher:"
+    for where, metrics in (("Noted in the training checkpoint:", facts.noted_metrics), (how, facts.metrics)):
+        if metrics:
+            rows = "\n".join(f"| {_inline(key)} | {value:.4f} |" for key, value in metrics.items())
+            parts.append(f"{where}\n\n| metric | value |\n|---|---|\n{rows}")
     if facts.published is not None and facts.published.metrics:
         rows = "\n".join(f"| {_METRIC_NAMES.get(k, k)} | {v:.1f} |" for k, v in facts.published.metrics.items())
         parts.append(
@@ -189,10 +200,18 @@ def _provenance(facts: CardFacts) -> str:
     if facts.published is not None:
         lines.append(f"Published by the authors as `{facts.published.name}`: {facts.published.page}.")
     if facts.origin is not None:
-        lines.append(f"Converted from `{facts.origin}`, SHA-256 `{facts.origin_sha256}`.")
+        lines.append(f"Converted from {_code(facts.origin)}, SHA-256 `{facts.origin_sha256}`.")
+    if facts.claimed is not None:
+        known = facts.claimed.sha256
+        why = f"its SHA-256 begins with {known} there" if known else "it holds no checksum of that"
+        lines.append(
+            f"Its publisher calls the file `{facts.claimed.name}`, but the catalogue of lk_backbones cannot confirm "
+            f"that ({why}): no accuracy, data or licence of those weights is claimed here. They were published at "
+            f"{facts.claimed.page}."
+        )
     started = facts.hyper_parameters.get("encoder_weights")
     if started:
-        lines.append(f"The encoder started from `{started}`.")
+        lines.append(f"The encoder started from {_code(started)}.")
     lines.append("Written with lk_backbones.")
     return "\n".join(lines)
 
@@ -203,6 +222,15 @@ def _licence(facts: CardFacts) -> str:
     if facts.published is not None and "MegData73M" in facts.published.data:
         note = " MegData73M, on which they were trained, is not public."
     return f"{weights}{note} The code that loads them, lk_backbones: MIT."
+
+
+def _inline(text: object) -> str:
+    """Text from outside, such as the name of a class, without a meaning in Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", printable(text))
+
+
+def _code(text: object) -> str:
+    return f"`{printable(text).replace('`', chr(39))}`"
 
 
 def _citation(published: PublishedWeights) -> str:

@@ -6,6 +6,8 @@ reads ``_lk_backbones``. Keys with a leading underscore are those that smp does 
 """
 
 import json
+import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,15 @@ from torch import nn
 
 import lk_backbones
 from lk_backbones._hub.card import CardFacts, write_card
+from lk_backbones._hub.folder import record_files
 from lk_backbones.encoders.timm_names import is_timm_model, timm_arguments, timm_names
 from lk_backbones.tasks.base import IMAGENET_MEAN, IMAGENET_STD, BaseTask, without_encoder_weights
-from lk_backbones.weights.catalogue import PublishedWeights, find_published, identify_published
+from lk_backbones.weights.catalogue import (
+    PublishedWeights,
+    find_published,
+    identify_published,
+    published_by_checksum,
+)
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.sources import EXTRA_FILE, Weights
 
@@ -64,7 +72,7 @@ def write_repository(
 
     Args:
         model: A timm model, an smp encoder built by timm, an smp model, or a task.
-        folder: Where to; must not exist.
+        folder: Where to; an empty folder.
         repo_id: ``owner/name``, for the card.
         info: What the card says beside.
         weights: Where the model was just loaded from, if it was.
@@ -72,8 +80,7 @@ def write_repository(
     Raises:
         WeightsError: If the model is of no such kind, or could not be rebuilt from its arguments.
     """
-    folder.mkdir(parents=True)
-    published = _published(info, weights)
+    published, claimed = _published(info, weights)
     if isinstance(model, BaseTask):
         facts = _write_task(model, folder)
     elif isinstance(model, SegmentationModel):
@@ -85,35 +92,50 @@ def write_repository(
             f"a {type(model).__name__} cannot be published: a timm model, an smp encoder built by timm, an smp model "
             f"or one of our tasks can"
         )
-    facts.repo_id, facts.published = repo_id, published
+    facts.repo_id, facts.published, facts.claimed = repo_id, published, claimed
     facts.parameters = sum(parameter.numel() for parameter in model.parameters())
     if weights is not None:
         facts.origin, facts.origin_sha256 = (
             weights.published.name if weights.published else weights.file.name,
             weights.sha256,
         )
-        facts.metrics |= _checkpoint_metrics(weights.checkpoint)
+        facts.noted_metrics = _checkpoint_metrics(weights.checkpoint)
     facts.license = info.license or (published.license if published else None)
     facts.data = info.data or (published.data if published else None)
-    facts.metrics |= info.metrics
+    facts.metrics = dict(info.metrics)
     facts.command, facts.description = info.command, info.description
     facts.class_names = info.class_names or facts.class_names
     write_card(facts, folder / "README.md")
+    record_files(folder)
 
 
-def _published(info: RepositoryInfo, weights: Weights | None) -> PublishedWeights | None:
-    """The catalogue's entry, if it is published weights that are published again: by name, or by checksum."""
+def _published(
+    info: RepositoryInfo, weights: Weights | None
+) -> tuple[PublishedWeights | None, PublishedWeights | None]:
+    """The catalogue's entry, if it is published weights that are published again.
+
+    Returns:
+        The entry, if the file is known to be it: by its checksum, or because it came from the authors' repository. And
+        the entry that it is only called after, by name: of that nothing is known.
+    """
     if weights is None:
-        return None
-    named = find_published(info.model) if info.model and "." in info.model else None
-    return named or weights.published or identify_published(weights.file)
+        return None, None
+    known = published_by_checksum(weights.sha256)
+    named = weights.published
+    if known is None and named is not None and named.hub and named.file:
+        known = named if weights.source.startswith(f"hf-hub:{named.hub}/{named.file}@") else None
+    if known is not None:
+        return known, None
+    given = find_published(info.model) if info.model and "." in info.model else None
+    return None, given or named or identify_published(weights.file)
 
 
 # ---- encoders ----
 
 
 def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights | None) -> CardFacts:
-    full: Any = encoder if hasattr(encoder, "forward_head") else _whole_model(encoder)
+    full: Any
+    full, new = (encoder, []) if hasattr(encoder, "forward_head") else _whole_model(encoder)
     architecture = full.pretrained_cfg["architecture"]
     arguments = {k: v for k, v in timm_arguments(full).items() if k not in _NOT_MODEL_ARGUMENTS}
     with torch.device("meta"):
@@ -124,7 +146,7 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     timm_config = config["pretrained_cfg"]
-    if published is None:
+    if published is None or published.name != f"{architecture}.{timm_config.get('tag')}":
         for key in ("tag", "license", "origin_url"):  # those of the published weights, which these no longer are
             timm_config.pop(key, None)
     if arguments.get("in_chans", 3) != 3:
@@ -147,11 +169,19 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
         num_classes=full.num_classes,
         input_size=list(timm_config["input_size"]),
         arguments=arguments,
+        new_tensors=new,
     )
 
 
-def _whole_model(encoder: nn.Module) -> nn.Module:
-    """The whole timm model around an encoder's weights, without a classifier."""
+def _whole_model(encoder: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The whole timm model around an encoder's weights, without a classifier.
+
+    Returns:
+        The model, and those of its tensors that the encoder does not have: of the norm in front of the classifier.
+
+    Raises:
+        WeightsError: If the encoder lacks anything else.
+    """
     network: Any = encoder.model if isinstance(encoder, TimmUniversalEncoder) else encoder
     arguments = timm_arguments(network)
     arguments.pop("num_classes", None)
@@ -163,14 +193,26 @@ def _whole_model(encoder: nn.Module) -> nn.Module:
     }
     values = encoder.state_dict()
     own = {full_name: values[name] for name, full_name in timm_names(encoder, full).items()}
-    stages = {key for key in full.state_dict() if key.startswith("stages.")}
-    if stages - own.keys():
+    new = [key for key in full.state_dict() if key not in own]
+    missing = sorted(set(new) - _last_norms(full, own))
+    if missing:
         raise WeightsError(
-            f"the encoder's later stages were cut off (encoder_depth), so it is no whole "
-            f"'{network.pretrained_cfg['architecture']}': publish the whole smp model instead"
+            f"the encoder lacks {len(missing)} tensors of a whole '{network.pretrained_cfg['architecture']}', first "
+            f"{missing[:3]}; if its later stages were cut off (encoder_depth), publish the whole smp model instead"
         )
-    full.load_state_dict(own, strict=False)  # the norm in front of the classifier is the new model's
-    return full
+    full.load_state_dict(own, strict=False)
+    return full, new
+
+
+def _last_norms(full: nn.Module, own: Container[str]) -> set[str]:
+    """Tensors of norms in front of the classifier: what a feature extractor leaves out and a new model has untrained.
+
+    They lie in a part of the network, such as ``norm`` or ``head``, of which the encoder has nothing.
+    """
+    state = full.state_dict()
+    taken = {key.partition(".")[0] for key in state if key in own}
+    norms = [name for name, module in full.named_modules() if name and "norm" in type(module).__name__.lower()]
+    return {key for key in state if key.partition(".")[0] not in taken and key.rpartition(".")[0] in norms}
 
 
 # ---- smp models and tasks ----
@@ -240,6 +282,7 @@ def _checkpoint_metrics(content: dict[str, Any]) -> dict[str, float]:
         str(state["monitor"]): float(state["best_model_score"])
         for state in states
         if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None
+        if math.isfinite(float(state["best_model_score"]))
     }
 
 

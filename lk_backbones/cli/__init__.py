@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.text import Text
 
 import lk_backbones
+from lk_backbones._printing import any_text_can_be_printed, printable
 from lk_backbones.cli import hub, models, training
 
 __all__ = ["main"]
@@ -38,24 +40,30 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments, by default those of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
+    with any_text_can_be_printed():
+        try:
+            _run(args)
+        except (ValueError, OSError) as error:
+            # What these say is meant for the user; the way to them is not.
+            if os.environ.get("LK_BACKBONES_TRACEBACK"):
+                raise
+            # Lines after the first are set back: a name with a newline in it makes no error of its own.
+            message = printable(error, newlines=True).replace("\n", "\n  ")
+            text = Text.assemble(("error:", "bold red"), " ", message)
+            Console(stderr=True, soft_wrap=True).print(text, highlight=False)
+            sys.exit(1)
+
+
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
-        return
-    if args[0] == "--version":
+    elif args[0] == "--version":
         print(f"lk-backbones {lk_backbones.__version__}")
-        return
-    try:
-        if args[0] == "models":
-            models.run(args[1:])
-        elif args[0] == "hub":
-            hub.run(args[1:])
-        elif args[0] == "convert":
-            hub.convert(args[1:])
-        else:
-            training.run(args)
-    except (ValueError, OSError) as error:
-        # What these say is meant for the user; the way to them is not.
-        if os.environ.get("LK_BACKBONES_TRACEBACK"):
-            raise
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", str(error), highlight=False, markup=True)
-        sys.exit(1)
+    elif args[0] == "models":
+        models.run(args[1:])
+    elif args[0] == "hub":
+        hub.run(args[1:])
+    elif args[0] == "convert":
+        hub.convert(args[1:])
+    else:
+        training.run(args)

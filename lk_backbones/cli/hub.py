@@ -11,7 +11,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lk_backbones._printing import printable
 from lk_backbones.weights import PublishedWeights, list_published, pull
 from lk_backbones.weights.sources import NAMESPACE_VARIABLE, default_namespace
 
@@ -80,8 +82,16 @@ def convert(args: list[str]) -> None:
     _add_card_arguments(parser)
     arguments = parser.parse_args(args)
     file = Path(arguments.file)
+    if not arguments.to and (not file.suffix or arguments.file.startswith(("hf-hub:", "hf_hub:"))):
+        raise ValueError(f"'{file}' has no name that a folder could be called after: name the folder with --to")
     folder = Path(arguments.to) if arguments.to else file.with_suffix("")
-    _write(arguments, arguments.file, f"you/{folder.name}", folder)
+    _write(arguments, arguments.file, f"you/{_repository_name(folder.name)}", folder)
+
+
+def _repository_name(text: str) -> str:
+    """The nearest name that a repository of the Hub may have."""
+    letters = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return re.sub(r"([-.])[-.]+", r"\1", letters)[:90].strip("-.") or "model"
 
 
 def _add_card_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,11 +120,12 @@ def _list(arguments: argparse.Namespace) -> None:
             _table(task, [weights for weights in published if weights.task == task], namespace, console.width)
         )
     first = f"{namespace} on the Hub comes first. " if namespace else ""
-    console.print(
+    notes = (
         f"{first}Results in percent, as the authors report them. 1K, 22K: ImageNet. drive*: a file-sharing drive; "
         f"`lk-backbones hub pull NAME` says how to get it. {NAMESPACE_VARIABLE} names a Hub user or organisation that "
         f"mirrors these."
     )
+    console.print(Text(printable(notes)))
 
 
 def _table(task: str, published: list[PublishedWeights], namespace: str | None, width: int) -> Table:
@@ -128,14 +139,15 @@ def _table(task: str, published: list[PublishedWeights], namespace: str | None, 
         value = weights.metrics.get(_METRICS[task][0])
         place = {"hub": weights.hub if wide else "Hub", "mirror": "mirror", "drive": "drive*"}[weights.place]
         details = [str(weights.input_size or ""), weights.license] if wide else []
-        table.add_row(
+        row = [
             weights.name,
             re.sub(", .*kernels", "", weights.data).replace("ImageNet-", "").replace(", then ", " → "),
             "" if value is None else f"{value:.1f}",
             *details,
             place,
             "yes" if weights.cached_file(namespace) else "",
-        )
+        ]
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -148,9 +160,11 @@ def _pull(arguments: argparse.Namespace) -> None:
         "sha256": weights.sha256,
         "tensors": f"{len(weights.state_dict)}, {parameters / 1e6:.1f} M numbers",
     }
+    verified = weights.verified or {weights.file.name: "not verified: it lay on this machine"}
+    lines |= {f"verified {name}": how for name, how in verified.items()}
     lines |= {f"also in it ({reason})": ", ".join(keys[:5]) for reason, keys in weights.skipped.items()}
     for name, value in lines.items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
 
 
 def _publish(arguments: argparse.Namespace) -> None:
@@ -167,7 +181,7 @@ def _publish(arguments: argparse.Namespace) -> None:
         private=arguments.private or None,
         revision=arguments.revision,
     )
-    print(f"published: {source}")
+    print(printable(f"published: {source}"))
 
 
 def _write(arguments: argparse.Namespace, source: str, repo: str, folder: Path) -> None:
@@ -176,8 +190,8 @@ def _write(arguments: argparse.Namespace, source: str, repo: str, folder: Path) 
     report: list[hub.LoadReport] = []
     written = hub.push(source, repo, _info(arguments), folder=folder, dry_run=True, report=report)
     for line in report:
-        print(line)
-    print(f"written: {', '.join(sorted(str(path) for path in Path(written).iterdir()))}")
+        print(printable(line, newlines=True))
+    print(printable(f"written: {', '.join(sorted(str(path) for path in Path(written).iterdir()))}"))
 
 
 def _info(arguments: argparse.Namespace) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import lk_backbones
+from lk_backbones._printing import printable
 
 __all__ = ["run"]
 
@@ -30,7 +32,7 @@ def run(args: list[str]) -> None:
         raise ValueError(f"no encoder matches; there are {', '.join(lk_backbones.list_encoders())}")
     table = Table("name", Column("parameters", justify="right"), "kernel sizes", "published weights", title="encoders")
     for name in names:
-        table.add_row(name, *_describe(name))
+        table.add_row(*(Text(printable(cell)) for cell in (name, *_describe(name))))
     table.caption = "Parameters without classifier. *: only on the authors' page, see README."
     Console().print(table)
 

@@ -8,7 +8,9 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lk_backbones._printing import printable
 from lk_backbones.tasks.detection import DetectionTask
 from lk_backbones.tasks.segmentation import SegmentationTask
 
@@ -85,7 +87,7 @@ def iou_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) ->
     footer = "\n".join(_percent(metrics[f"{stage}/{key}"]) for key in ("mean_iou", "pixel_accuracy"))
     table.add_column("IoU %", justify="right", footer=footer)
     for name in class_names:
-        table.add_row(name, _percent(metrics[f"{stage}/iou/{name}"]))
+        table.add_row(Text(printable(name)), _percent(metrics[f"{stage}/iou/{name}"]))
     return table
 
 
@@ -111,7 +113,8 @@ def ap_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) -> 
         )
     for name in class_names:
         if f"{stage}/box_ap/{name}" in metrics:
-            table.add_row(f"AP, {name}", *(_percent(metrics[f"{stage}/{kind}_ap/{name}"]) for kind in kinds))
+            values = (_percent(metrics[f"{stage}/{kind}_ap/{name}"]) for kind in kinds)
+            table.add_row(Text(printable(f"AP, {name}")), *values)
     return table
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from lk_backbones.weights.download import url_cache
 from lk_backbones.weights.files import sha256_of
 
-__all__ = ["PublishedWeights", "find_published", "identify_published", "list_published"]
+__all__ = ["PublishedWeights", "find_published", "identify_published", "list_published", "published_by_checksum"]
 
 
 @dataclass(frozen=True)
@@ -124,5 +124,9 @@ def identify_published(file: Path) -> PublishedWeights | None:
     names = {name: w for w in _catalogue().values() for name in (w.file, w.url and w.url.rpartition("/")[2]) if name}
     if file.name in names:
         return names[file.name]
-    digest = sha256_of(file)
-    return next((w for w in _catalogue().values() if w.sha256 and digest.startswith(w.sha256)), None)
+    return published_by_checksum(sha256_of(file))
+
+
+def published_by_checksum(sha256: str) -> PublishedWeights | None:
+    """Published weights whose file has this checksum, as far as the catalogue knows it."""
+    return next((w for w in _catalogue().values() if w.sha256 and sha256.startswith(w.sha256)), None)

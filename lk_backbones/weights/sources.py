@@ -11,10 +11,11 @@ import torch
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from lk_backbones._printing import printable
 from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
 from lk_backbones.weights.config import read_config
-from lk_backbones.weights.download import HubFile, explain, fetch_from_hub, fetch_url, is_missing
+from lk_backbones.weights.download import NOT_VERIFIED, HubFile, explain, fetch_from_hub, fetch_url, is_missing
 from lk_backbones.weights.errors import DownloadError, WeightsError, nearest
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
 
@@ -43,6 +44,7 @@ class Weights:
         hyper_parameters: Of a checkpoint that one of our tasks wrote.
         checkpoint: Other plain values of a training checkpoint, such as the states of its callbacks.
         published: The entry of the catalogue, if they were asked for by its name.
+        verified: What each fetched file was compared with, in words; empty for what lay on this machine.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -54,6 +56,7 @@ class Weights:
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     published: PublishedWeights | None = None
+    verified: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -207,11 +210,19 @@ def _from_folder(folder: Path) -> Weights:
 
 def _from_hub(repo: str, filename: str | None, revision: str | None) -> Weights:
     file = fetch_from_hub(repo, filename, revision) if filename else _best_file(repo, revision)
-    config = _fetch_config(repo, file.commit)  # the same commit, and no second look-up
+    verified = {file.path.name: file.verified}
+    config: dict[str, Any] = {}
+    config_file = _fetch_config(repo, file.commit)  # the same commit, and no second look-up
+    if config_file is not None:
+        config = read_config(config_file.path)
+        verified["config.json"] = config_file.verified
     where = f"hf-hub:{repo}{'/' + filename if filename else ''}@{file.commit}"
     weights = _from_file(file.path, config, where)
     if config.get("_lk_backbones", {}).get("extra"):
-        weights.extra = read_checkpoint(fetch_from_hub(repo, EXTRA_FILE, file.commit).path).state_dict
+        extra = fetch_from_hub(repo, EXTRA_FILE, file.commit)
+        weights.extra = read_checkpoint(extra.path).state_dict
+        verified[EXTRA_FILE] = extra.verified
+    weights.verified = verified
     return weights
 
 
@@ -233,17 +244,17 @@ def _best_file(repo: str, revision: str | None) -> HubFile:
         names = HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:
         raise explain(error, repo, revision=revision) from error
-    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    weights = [printable(name) for name in names if name.endswith(WEIGHT_SUFFIXES)]
     raise DownloadError(
         f"'{repo}' has no {' or '.join(_WEIGHT_FILES)}"
-        + (f": name one of its files, such as 'hf-hub:{repo}/{weights[0]}', of {weights}" if weights else "")
+        + (f": name one of its files, such as 'hf-hub:{repo}/{weights[0]}', of {', '.join(weights)}" if weights else "")
     )
 
 
-def _fetch_config(repo: str, commit: str) -> dict[str, Any]:
+def _fetch_config(repo: str, commit: str) -> HubFile | None:
     """The ``config.json`` beside weights that are here already; a repository need not have one."""
     try:
-        file = _fetch_if_there(repo, "config.json", commit)
+        return _fetch_if_there(repo, "config.json", commit)
     except DownloadError as error:
         if not _is_offline(error):
             raise
@@ -252,8 +263,7 @@ def _fetch_config(repo: str, commit: str) -> dict[str, Any]:
             f"used without one; if it has one, its mean and standard deviation are not known",
             stacklevel=2,
         )
-        return {}
-    return {} if file is None else read_config(file.path)
+        return None
 
 
 def _fetch_if_there(repo: str, filename: str, revision: str | None) -> HubFile | None:
@@ -300,7 +310,7 @@ def _from_name(name: str, revision: str | None, namespace: str | None) -> Weight
             )
     else:
         assert published.url is not None  # what `place` says
-        weights = _from_file(fetch_url(published.url, published.sha256), config, published.url)
+        weights = _from_url(published.url, published.sha256, config)
     weights.published = published
     return weights
 
@@ -315,7 +325,7 @@ def _from_timm(name: str, revision: str | None) -> Weights:
         repo, _, pinned = split_hub_id(settings["hf_hub_id"])
         return _from_hub(repo, settings.get("hf_hub_filename"), revision or pinned)
     if settings.get("url"):
-        return _from_file(fetch_url(settings["url"], None), settings, settings["url"])
+        return _from_url(settings["url"], None, settings)
     names = [published.name for published in list_published()]
     what = "has no published weights" if config is not None else "is neither a file, a folder nor published weights"
     similar = nearest(name[:80], [*names, *timm.list_pretrained(architecture + "*")])
@@ -323,6 +333,17 @@ def _from_timm(name: str, revision: str | None) -> Weights:
         f"{shorten(name)} {what}{similar}; a Hub repository is "
         f"written 'hf-hub:owner/name', and `lk-backbones hub list` shows what is published"
     )
+
+
+def _from_url(url: str, sha256_prefix: str | None, config: dict[str, Any]) -> Weights:
+    file = fetch_url(url, sha256_prefix)
+    weights = _from_file(file, config, url)
+    weights.verified[file.name] = (
+        f"SHA-256 begins with {sha256_prefix}, as the catalogue knows it"
+        if sha256_prefix
+        else f"{NOT_VERIFIED}: no checksum of it is known"
+    )
+    return weights
 
 
 def how_to_get(published: PublishedWeights) -> str:

@@ -32,6 +32,9 @@ class Fault:
         times: How many requests it hits.
         status: Answer with this status and ``headers`` instead.
         headers: Headers of that answer.
+        body: Content of that answer.
+        add: Headers that replace those of the right answer, or come on top.
+        drop: Headers that the right answer lacks.
         change: Serve this function of the content instead.
         cut_after: Send so many bytes of the promised body, then close the connection.
         before: Called before the request is answered, for instance to wait.
@@ -42,6 +45,9 @@ class Fault:
     times: int = 1_000_000
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
+    add: dict[str, str] = field(default_factory=dict)
+    drop: list[str] = field(default_factory=list)
     change: Callable[[bytes], bytes] | None = None
     cut_after: int | None = None
     before: Callable[[], Any] | None = None
@@ -129,6 +135,10 @@ def is_large(path: str, size: int) -> bool:
 def etag(path: str, content: bytes) -> str:
     if is_large(path, len(content)):
         return hashlib.sha256(content).hexdigest()
+    return git_hash(content)
+
+
+def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -143,8 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", fault: Fault | None = None, **headers: str) -> None:
         self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if fault is not None:
+            given = {name: value for name, value in (given | fault.add).items() if name not in fault.drop}
+        for name, value in given.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
@@ -184,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.before is not None:
             fault.before()
         if fault is not None and fault.status is not None:
-            self._answer(fault.status, b"{}", **fault.headers)
+            self._answer(fault.status, fault.body, **fault.headers)
             return fault, True, body
         return fault, False, body
 
@@ -202,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(self.state.large[match[1]], fault)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+)|/tree/([^/]+))?", path):
             self._info(match[1], match[2] or match[3] or "main", tree=match[3] is not None)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._resolve(*match.groups(), fault)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", urlsplit(self.path).path):
+            self._resolve(*(unquote(part) for part in match.groups()), fault)  # a branch may have a slash in it
         elif match := re.fullmatch(r"/mirror/(.+)", path):
             self._content(self.state.repositories["mirror"].commits[-1][1][match[1]], fault)
         else:
@@ -232,8 +245,19 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(entry)
             self._json(entries)
         else:
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [self._sibling(*file, "blobs=true" in self.path.lower()) for file in files.items()]
             self._json({"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+
+    def _sibling(self, path: str, content: bytes, blobs: bool) -> dict[str, Any]:
+        """A file in the listing of a repository; with ``?blobs=true`` with its size and checksums."""
+        sibling: dict[str, Any] = {"rfilename": path}
+        if blobs:
+            sibling |= {"size": len(content), "blobId": git_hash(content)}
+            if is_large(path, len(content)):  # git then holds a pointer, whose hash is not that of the content
+                digest = hashlib.sha256(content).hexdigest()
+                sibling |= {"blobId": git_hash(digest.encode())}
+                sibling["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
+        return sibling
 
     def _resolve(self, repo: str, revision: str, path: str, fault: Fault | None) -> None:
         found = self._find(repo, revision)
@@ -249,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
             digest = etag(path, content)
             self.state.large[digest] = content
             linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": commit}
-            self._answer(302, b"", Location=f"{self.state.cdn}/{digest}", **linked)
+            self._answer(302, b"", fault, Location=f"{self.state.cdn}/{digest}", **linked)
         else:
             self._content(content, fault, ETag=f'"{etag(path, content)}"', X_Repo_Commit=commit)
 
