@@ -1,5 +1,6 @@
 """Any folder of pictures, to run a trained model on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class PictureFolderDataModule(LightningDataModule):
         self.test_size = test_size
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
         self._dataset: FileSegmentationDataset | None = None
+        self._test_scales: tuple[float, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
         """Finds the pictures.
@@ -61,6 +63,13 @@ class PictureFolderDataModule(LightningDataModule):
             require_files(files, self.folder)
         no_classes = ClassTable((), (), {0: 0})
         self._dataset = FileSegmentationDataset(files, None, no_classes, eval_transform(self.test_size), training=False)
+        self.set_test_scales(self._test_scales)
+
+    def set_test_scales(self, scales: Sequence[float]) -> None:
+        """See :meth:`~lk_backbones.data.segmentation.SegmentationDataModule.set_test_scales`."""
+        self._test_scales = tuple(scales)
+        if self._dataset is not None:
+            self._dataset.scaled_transforms = [eval_transform(self.test_size, scale) for scale in scales]
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Returns the loader of all pictures."""

@@ -7,6 +7,8 @@ A batch is a dictionary:
   the original size, which differs from `(h, w)` if ``test_size`` resizes pictures.
 - ``path``: list of the N picture files (or names, where pictures are made up).
 - ``original_size``: list of N tuples `(H, W)`; in evaluation only.
+- ``scaled``: for test-time augmentation over scales, a list of uint8 `(N, 3, h, w)`, the original pictures at every
+  scale of the test size; see :meth:`SegmentationDataModule.set_test_scales`.
 """
 
 from abc import abstractmethod
@@ -39,7 +41,13 @@ class SegmentationDataset(PictureDataset):
     """A map-style data set of pictures with label maps.
 
     In training its pipeline takes ``image`` and ``mask``, in evaluation ``image``; samples of training are crops.
+
+    Attributes:
+        scaled_transforms: In evaluation, further pipelines that take the original ``image``: what they make of it is
+            the sample's list ``scaled``.
     """
+
+    scaled_transforms: Sequence[A.Compose] = ()
 
     @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -56,6 +64,8 @@ class SegmentationDataset(PictureDataset):
         image, mask = self.load(index)
         if not self.training:
             sample = {"image": self.transform(image=image)["image"], "path": self.path(index)}
+            if self.scaled_transforms:
+                sample["scaled"] = [transform(image=image)["image"] for transform in self.scaled_transforms]
             if mask is not None:
                 sample["mask"] = torch.from_numpy(mask.astype(np.int64))
             return sample | {"original_size": (image.shape[0], image.shape[1])}
@@ -119,21 +129,29 @@ class FileSegmentationDataset(SegmentationDataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch: stacks ``image`` and ``mask``, makes lists of the rest.
+    """Makes a batch: stacks ``image``, ``mask`` and every scale of ``scaled``, makes lists of the rest.
 
     Raises:
         ValueError: The pictures have different sizes.
     """
-    for key in ("image", "mask"):
-        sizes = {tuple(sample[key].shape[-2:]): sample["path"] for sample in samples if key in sample}
+
+    def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        sizes = {tuple(t.shape[-2:]): sample["path"] for t, sample in zip(tensors, samples, strict=True)}
         if len(sizes) > 1:
             (one, first), (other, second) = list(sizes.items())[:2]
             raise ValueError(
                 f"Pictures of different sizes cannot share a batch: {first} is {one[0]}×{one[1]}, {second} is "
                 f"{other[0]}×{other[1]} (height×width). Set val_batch_size=1."
             )
-    tensors = {key: torch.stack([s[key] for s in samples]) for key in ("image", "mask") if key in samples[0]}
-    return tensors | {key: [sample[key] for sample in samples] for key in samples[0] if key not in tensors}
+        return torch.stack(list(tensors))
+
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    for key in ("image", "mask"):
+        if key in batch:
+            batch[key] = stack(batch[key])
+    if "scaled" in batch:
+        batch["scaled"] = [stack(copies) for copies in zip(*batch["scaled"], strict=True)]
+    return batch
 
 
 class SegmentationDataModule(ImageDataModule):
@@ -199,6 +217,7 @@ class SegmentationDataModule(ImageDataModule):
         self.cat_max_ratio = cat_max_ratio
         self.test_size = test_size
         self.image_fill = image_fill
+        self._test_scales: tuple[float, ...] = ()
 
     @abstractmethod
     def make_dataset(self, split: Split) -> SegmentationDataset:
@@ -207,6 +226,25 @@ class SegmentationDataModule(ImageDataModule):
         Raises:
             FileNotFoundError: Folders or files are missing; the message names them.
         """
+
+    def setup(self, stage: str | None = None) -> None:
+        """See :meth:`~lk_backbones.data.datamodule.ImageDataModule.setup`."""
+        super().setup(stage)
+        self.set_test_scales(self._test_scales)
+
+    def set_test_scales(self, scales: Sequence[float]) -> None:
+        """Has the evaluation loaders give, beside every picture, copies for test-time augmentation.
+
+        Every copy is made from the original picture, as in the published multi-scale results: scaling what
+        ``test_size`` has resized would blur it. A task asks for them in its own ``setup``.
+
+        Args:
+            scales: Scales of ``test_size``, or of the picture's own size without it. Empty: no copies.
+        """
+        self._test_scales = tuple(scales)
+        for dataset in self._datasets.values():
+            if not dataset.training:
+                dataset.scaled_transforms = [self.eval_transform(scale) for scale in scales]
 
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,6 +257,11 @@ class SegmentationDataModule(ImageDataModule):
             self.crop_size, self.scale_range, self.base_size, self.cat_max_ratio, self.image_fill, self.ignore_index
         )
 
-    def eval_transform(self) -> A.Compose:
-        """Returns the pipeline for validation, test and prediction, which takes ``image``."""
-        return eval_transform(self.test_size)
+    def eval_transform(self, scale: float | None = None) -> A.Compose:
+        """Returns the pipeline for validation, test and prediction, which takes ``image``.
+
+        Args:
+            scale: For a copy of test-time augmentation, its scale; see
+                :func:`~lk_backbones.data.transforms.eval_transform`.
+        """
+        return eval_transform(self.test_size, scale)

@@ -13,7 +13,7 @@ from typing import Any
 import albumentations as A
 import cv2
 import numpy as np
-from albumentations.core.transforms_interface import DualTransform
+from albumentations.core.transforms_interface import DualTransform, ImageOnlyTransform
 from albumentations.core.type_definitions import Targets
 from albumentations.pytorch import ToTensorV2
 
@@ -27,7 +27,7 @@ class ResizeByRatio(DualTransform):
     """Resizes by a random ratio, keeping the shape: mmsegmentation's ``Resize(ratio_range=..., keep_ratio=True)``.
 
     Args:
-        ratio_range: Smallest and largest ratio, drawn uniformly. ``(1, 1)`` resizes without chance, as for testing.
+        ratio_range: Smallest and largest ratio, drawn uniformly.
         base_size: ``(long side, short side)`` in pixels at ratio 1: the picture is scaled to the largest size whose
             long and short sides stay within. None: the picture's own size.
         p: Probability.
@@ -77,6 +77,33 @@ def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.
     if array.shape[:2] == size:
         return array
     return cv2.resize(array, (size[1], size[0]), interpolation=interpolation)
+
+
+class ResizeForTest(ImageOnlyTransform):
+    """Resizes a picture to a scale of its test size, keeping the shape: mmsegmentation's ``MultiScaleFlipAug``.
+
+    Args:
+        test_size: ``(long side, short side)`` in pixels at scale 1. None: the picture's own size.
+        scale: The scale.
+    """
+
+    def __init__(self, test_size: tuple[int, int] | None = None, scale: float = 1.0):
+        super().__init__(p=1.0)
+        self.test_size = test_size
+        self.scale = scale
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        """Resizes the picture, bilinear."""
+        return _resize(img, size_for_test((img.shape[0], img.shape[1]), self.test_size, self.scale), cv2.INTER_LINEAR)
+
+
+def size_for_test(shape: tuple[int, int], test_size: tuple[int, int] | None, scale: float) -> tuple[int, int]:
+    """Returns height and width of a picture at a scale of its test size, rounded as mmsegmentation does.
+
+    The sides of ``test_size`` times the scale are cut to whole pixels, and the picture is made as large as fits in.
+    """
+    long, short = test_size or shape
+    return scaled_size(shape, ratio_to_fit(shape, (max(int(long * scale), 1), max(int(short * scale), 1))))
 
 
 class Crop(DualTransform):
@@ -221,12 +248,15 @@ def train_transform(
     )
 
 
-def eval_transform(test_size: tuple[int, int] | None = None) -> A.Compose:
+def eval_transform(test_size: tuple[int, int] | None = None, scale: float | None = None) -> A.Compose:
     """Builds the pipeline for validation, test and prediction; it takes ``image`` only, as masks are never resized.
 
     Args:
         test_size: ``(long side, short side)`` that pictures are scaled to fit into, keeping their shape, e.g.
             (2048, 512) for ADE20K. None: no resizing.
+        scale: Makes a copy for test-time augmentation: of this scale of the test size, and a uint8 tensor `(3, H, W)`,
+            as a dozen copies in float32 would fill the memory that loading processes share. None: no such copy.
     """
-    resize = [] if test_size is None else [ResizeByRatio((1.0, 1.0), test_size)]
-    return A.Compose([*resize, A.ToFloat(max_value=255), ToTensorV2()])
+    if scale is not None:
+        return A.Compose([ResizeForTest(test_size, scale), ToTensorV2()])
+    return A.Compose([ResizeForTest(test_size), A.ToFloat(max_value=255), ToTensorV2()])

@@ -61,9 +61,9 @@ class BaseTask(L.LightningModule):
     A subclass stores its constructor's arguments with ``save_hyperparameters()``. Among them are, with the same names
     in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``in_channels``, ``num_classes``,
     ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``, ``gradient_checkpointing``, ``optimizer``,
-    ``lr``, ``momentum``, ``weight_decay``, ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and
-    ``min_lr``; and, where the learning rate may drop after some epochs instead of decaying, ``milestones`` and
-    ``gamma``.
+    ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``, ``layer_decay``, ``warmup_steps``, ``warmup_ratio``,
+    ``power`` and ``min_lr``; and, where the learning rate may drop after some epochs instead of decaying,
+    ``milestones`` and ``gamma``.
 
     Attributes:
         taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.
@@ -146,6 +146,7 @@ class BaseTask(L.LightningModule):
             hparams.weight_decay,
             {prefix + name: scale for name, scale in scales.items()},
             {prefix + name for name in exempt},
+            hparams.bias_weight_decay,
         )
         optimizer: torch.optim.Optimizer
         if hparams.optimizer == "adamw":
@@ -282,6 +283,9 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
         value = hparams[key]
         if value < 0 or value == low:
             raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
+    bias_weight_decay = hparams["bias_weight_decay"]
+    if bias_weight_decay is not None and not 0 <= bias_weight_decay < float("inf"):
+        raise ValueError(f"bias_weight_decay={bias_weight_decay} must be at least 0, or null for weight_decay")
     if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
         raise ValueError(
             f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "

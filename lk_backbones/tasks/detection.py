@@ -61,7 +61,9 @@ class DetectionTask(BaseTask):
         optimizer: ``"adamw"`` or ``"sgd"``.
         lr: Learning rate of everything outside of the encoder, and of the encoder if ``layer_decay`` is 1.
         momentum: Momentum of ``sgd``.
-        weight_decay: Weight decay; none on norms and biases.
+        weight_decay: Weight decay; none on norms, nor on what the encoder's model exempts (position biases).
+        bias_weight_decay: Weight decay of biases outside of norms. ``None`` for ``weight_decay``, as RepLKNet's authors
+            train; 0 to exempt them, as timm and the authors of SLaK and UniRepLKNet do.
         layer_decay: Factor of the learning rate from one layer of the encoder to the next one below (timm models only).
         warmup_steps: Optimiser steps of linear warm-up.
         warmup_ratio: Factor of the learning rate at the first step of the warm-up.
@@ -102,6 +104,7 @@ class DetectionTask(BaseTask):
         lr: float = 2e-4,
         momentum: float = 0.9,
         weight_decay: float = 0.05,
+        bias_weight_decay: float | None = None,
         layer_decay: float = 1.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 1e-3,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ["augmented_probabilities", "pad_to_multiple", "resize", "sliding_window"]
+__all__ = ["augmented_probabilities", "pad_to_multiple", "resize", "scaled_size", "sliding_window"]
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
@@ -91,6 +91,7 @@ def augmented_probabilities(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     align_corners: bool = False,
+    scaled: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Average the class probabilities over scaled and mirrored copies of the images.
 
@@ -98,22 +99,40 @@ def augmented_probabilities(
 
     Args:
         predict: Maps images ``(N, C, h, w)`` of any size to logits ``(N, num_classes, h, w)``.
-        image: ``(N, C, H, W)``.
+        image: ``(N, C, H, W)``, in its original size unless ``scaled`` is given: what is resized twice is blurred.
         size: Height and width of the result.
         scales: Factors of the image size.
         flip: Whether to add the mirror image (left-right) of every scale.
         align_corners: As in `resize`.
+        scaled: The images at every scale, where they were made already; 8-bit ones are divided by 255.
 
     Returns:
         Probabilities ``(N, num_classes, *size)``, float32.
+
+    Raises:
+        ValueError: If ``scaled`` holds more or fewer copies than there are scales.
     """
+    if scaled is not None and len(scaled) != len(scales):
+        raise ValueError(f"there are {len(scaled)} scaled copies of the images for {len(scales)} scales")
     total = torch.zeros((), device=image.device)
-    for scale in scales:
-        scaled_size = tuple(max(int(side * scale + 0.5), 1) for side in image.shape[2:])
-        scaled = resize(image, (scaled_size[0], scaled_size[1]))
+    for i, scale in enumerate(scales):
+        copy = resize(image, scaled_size(image, scale)) if scaled is None else scaled[i]
+        if copy.dtype == torch.uint8:
+            copy = copy.to(image.dtype) / 255
         for mirrored in (False, True) if flip else (False,):
-            logits = predict(scaled.flip(3) if mirrored else scaled)
+            logits = predict(copy.flip(3) if mirrored else copy)
             if mirrored:
                 logits = logits.flip(3)
             total = total + resize(logits.float(), size, align_corners).softmax(dim=1)
     return total / (len(scales) * (2 if flip else 1))
+
+
+def scaled_size(image: torch.Tensor, scale: float) -> tuple[int, int]:
+    """Height and width of images ``(N, C, H, W)`` at a scale, as OpenMMLab's ``MultiScaleFlipAug`` rounds them.
+
+    The sides times the scale are cut to whole pixels, and the image is made as large as fits in, keeping its shape.
+    """
+    sides = image.shape[2:]
+    ratio = min(max(int(side * scale), 1) / side for side in sides)
+    height, width = (max(int(side * ratio + 0.5), 1) for side in sides)
+    return height, width

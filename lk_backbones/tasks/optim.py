@@ -1,8 +1,8 @@
 """Parameter groups and the learning-rate schedule that every task shares.
 
-The published recipes (RepLKNet paper, section 4; OpenMMLab configurations): AdamW without weight decay on norms and
-biases, learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay (segmentation)
-or into drops after some epochs (detection), per step.
+The published recipes (RepLKNet paper, section 4; OpenMMLab configurations): AdamW without weight decay on norms,
+learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay (segmentation) or into
+drops after some epochs (detection), per step.
 """
 
 from collections.abc import Sequence
@@ -72,15 +72,17 @@ def parameter_groups(
     weight_decay: float,
     lr_scales: dict[str, float] | None = None,
     no_decay: set[str] | None = None,
+    bias_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a module's trainable parameters into optimiser groups.
 
     Args:
         module: The module to train; parameters with ``requires_grad=False`` are left out.
         lr: Learning rate of parameters with scale 1.
-        weight_decay: Weight decay; vectors and scalars (norms and biases) get none.
+        weight_decay: Weight decay of matrices and kernels. Norms and other vectors, such as layer scales, get none.
         lr_scales: Scale of the learning rate by parameter name; 1 where not given.
-        no_decay: Further names without weight decay.
+        no_decay: Further names without weight decay, such as position biases.
+        bias_weight_decay: Weight decay of biases outside of norms; ``None`` for ``weight_decay``.
 
     Returns:
         Groups for a torch optimiser, lowest learning rate first, each with ``params``, ``lr``, ``weight_decay`` and a
@@ -89,25 +91,37 @@ def parameter_groups(
     Raises:
         ValueError: If nothing is trainable.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    of_norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        if _is_norm(layer)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = (lr_scales or {}).get(name, 1.0)
-        decayed = parameter.ndim > 1 and name not in (no_decay or set())
+        decay = 0.0
+        if name not in of_norms and name not in (no_decay or set()):
+            if parameter.ndim > 1:
+                decay = weight_decay
+            elif name.endswith("bias"):  # "bias", and the "in_proj_bias" or "q_bias" of an attention
+                decay = weight_decay if bias_weight_decay is None else bias_weight_decay
+        kind = {weight_decay: "decay", 0.0: "no_decay"}.get(decay, "bias_decay")
         group = groups.setdefault(
-            (scale, decayed),
-            {
-                "params": [],
-                "lr": lr * scale,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "name": f"scale_{scale:.4g}_{'decay' if decayed else 'no_decay'}",
-            },
+            (scale, decay),
+            {"params": [], "lr": lr * scale, "weight_decay": decay, "name": f"scale_{scale:.4g}_{kind}"},
         )
         group["params"].append(parameter)
     if not groups:
         raise ValueError("there is no trainable parameter")
     return [groups[key] for key in sorted(groups)]
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    """Whether a layer normalises: its class or a base of it says so, as in torch, timm and torchvision."""
+    return any("norm" in base.__name__.lower() for base in type(layer).__mro__)
 
 
 def warmup_ramp(step: int, warmup_steps: int, warmup_ratio: float) -> float:

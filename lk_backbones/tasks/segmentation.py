@@ -1,10 +1,12 @@
 """Semantic segmentation: any smp architecture on any encoder, trained and measured as the papers do."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import MeanMetric
 
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
@@ -54,7 +56,9 @@ class SegmentationTask(BaseTask):
         optimizer: ``"adamw"`` or ``"sgd"``.
         lr: Learning rate of everything outside of the encoder, and of the encoder if ``layer_decay`` is 1.
         momentum: Momentum of ``sgd``.
-        weight_decay: Weight decay; none on norms and biases.
+        weight_decay: Weight decay; none on norms, nor on what the encoder's model exempts (position biases).
+        bias_weight_decay: Weight decay of biases outside of norms. ``None`` for ``weight_decay``, as RepLKNet's authors
+            train; 0 to exempt them, as timm and the authors of SLaK and UniRepLKNet do.
         layer_decay: Factor of the learning rate from one layer of the encoder to the next one below (timm models only).
         warmup_steps: Optimiser steps of linear warm-up.
         warmup_ratio: Factor of the learning rate at the first step of the warm-up.
@@ -66,7 +70,9 @@ class SegmentationTask(BaseTask):
         slide_crop: Height and width of the window.
         slide_stride: Vertical and horizontal step of the window.
         tta_scales: Scales of test-time augmentation; ``(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)`` for the papers' "ms". It
-            applies to test, predict and separate validation runs, not to the validation during training.
+            applies to test, predict and separate validation runs, not to the validation during training. Our data
+            modules make every copy from the original picture, as published; other loaders give ``image`` in its
+            original size for that.
         tta_flip: Add the mirror image at every scale.
         predict_probabilities: Let predictions hold the class probabilities too.
 
@@ -96,6 +102,7 @@ class SegmentationTask(BaseTask):
         lr: float = 2e-4,
         momentum: float = 0.9,
         weight_decay: float = 0.05,
+        bias_weight_decay: float | None = None,
         layer_decay: float = 1.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 1e-6,
@@ -160,22 +167,50 @@ class SegmentationTask(BaseTask):
         logits = resize(self.model(padded), _size(padded), self.align_corners)
         return logits[:, :, : image.shape[2], : image.shape[3]]
 
-    def predict_scores(self, image: torch.Tensor, size: tuple[int, int], augment: bool = True) -> torch.Tensor:
+    def predict_scores(
+        self,
+        image: torch.Tensor,
+        size: tuple[int, int],
+        augment: bool = True,
+        scaled: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Class scores whose softmax over the classes is the predicted probability.
 
         Args:
-            image: float ``(N, in_channels, h, w)`` in [0, 1].
+            image: float ``(N, in_channels, h, w)`` in [0, 1]; with test-time augmentation over scales in its original
+                size, unless ``scaled`` is given.
             size: Height and width of the result.
             augment: Whether to apply the test-time augmentation that the task is configured with.
+            scaled: The images at every one of ``tta_scales``, in [0, 1] or 8 bits, as our data modules make them from
+                the original pictures; ``None`` to scale ``image``.
 
         Returns:
             ``(N, num_classes, *size)``: logits, or the logarithm of the probabilities averaged by the augmentation.
         """
-        scales, flip = self.hparams["tta_scales"] or [1.0], self.hparams["tta_flip"]
-        if augment and (flip or list(scales) != [1.0]):
-            probabilities = augmented_probabilities(self, image, size, scales, flip, self.align_corners)
+        scales, flip = self._test_scales or [1.0], self.hparams["tta_flip"]
+        if augment and (flip or self._test_scales):
+            probabilities = augmented_probabilities(self, image, size, scales, flip, self.align_corners, scaled)
             return probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
         return resize(self(image), size, self.align_corners)
+
+    @property
+    def _test_scales(self) -> list[float]:
+        """Scales of test-time augmentation; none if there is only the image as it is."""
+        scales = list(self.hparams["tta_scales"] or [])
+        return [] if scales == [1.0] else scales
+
+    def _scores(self, batch: dict[str, Any], places: slice, size: tuple[int, int], augment: bool) -> torch.Tensor:
+        """`predict_scores` of some images of a batch."""
+        image, scaled = batch["image"][places], batch.get("scaled")
+        if not (augment and self._test_scales):
+            scaled = None
+        elif scaled is None and _size(image) != size:
+            rank_zero_warn(
+                f"test-time augmentation scales images that were resized before, from {size[0]}x{size[1]} to "
+                f"{image.shape[2]}x{image.shape[3]} pixels, which blurs them: give the trainer a data module of ours, "
+                "which makes copies from the original pictures, or images in their original size"
+            )
+        return self.predict_scores(image, size, augment, scaled and [copies[places] for copies in scaled])
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +270,7 @@ class SegmentationTask(BaseTask):
         self, batch: dict[str, Any], metrics: SegmentationMetrics, loss: MeanMetric, augment: bool
     ) -> dict[str, torch.Tensor]:
         mask = self._checked_mask(batch)
-        scores = self.predict_scores(batch["image"], (mask.shape[1], mask.shape[2]), augment)
+        scores = self._scores(batch, slice(None), (mask.shape[1], mask.shape[2]), augment)
         label_map = scores.argmax(dim=1)
         loss.update(self.loss(scores, mask), weight=len(mask))
         metrics.update(label_map, mask)
@@ -281,9 +316,9 @@ class SegmentationTask(BaseTask):
         image = batch["image"]
         sizes = [(int(h), int(w)) for h, w in batch.get("original_size", [_size(image)] * len(image))]
         if len(set(sizes)) == 1:
-            scores = list(self.predict_scores(image, sizes[0]))
+            scores = list(self._scores(batch, slice(None), sizes[0], augment=True))
         else:
-            scores = [self.predict_scores(image[i : i + 1], size)[0] for i, size in enumerate(sizes)]
+            scores = [self._scores(batch, slice(i, i + 1), size, augment=True)[0] for i, size in enumerate(sizes)]
         dtype = torch.uint8 if self.hparams["num_classes"] <= 256 else torch.int64
         result: dict[str, list[Any]] = {
             "path": _paths(batch, batch_idx),
@@ -296,7 +331,7 @@ class SegmentationTask(BaseTask):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compare the data module with the task; see `BaseTask.setup`.
+        """Compare the data module with the task, and ask it for the copies of test-time augmentation.
 
         Args:
             stage: What the trainer is about to do.
@@ -305,7 +340,7 @@ class SegmentationTask(BaseTask):
             ValueError: If the numbers of classes or the ignored labels differ.
         """
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         ignore_index = getattr(data, "ignore_index", self.hparams["ignore_index"])
         if ignore_index != self.hparams["ignore_index"]:
             raise ValueError(
@@ -313,6 +348,8 @@ class SegmentationTask(BaseTask):
                 f"ignore_index={self.hparams['ignore_index']}: make them equal"
             )
         check_arguments(self.hparams)
+        if hasattr(data, "set_test_scales"):  # only who reads the pictures can scale the originals
+            data.set_test_scales([] if stage == "fit" else self._test_scales)
 
     def _checked_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         """The batch's labels as int64 ``(N, H, W)``; on a GPU a wrong one would end the process without a word."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
+from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, scaled_size, sliding_window
 
 
 def position_free(image: torch.Tensor) -> torch.Tensor:
@@ -57,19 +57,53 @@ def test_a_stride_that_leaves_gaps_is_refused(stride) -> None:
         sliding_window(position_free, torch.rand(1, 3, 20, 20), (8, 8), stride)
 
 
+# Worked out by hand from OpenMMLab's rounding: the sides times the scale are cut, the picture is fitted into that.
+SCALED_SIZES = {
+    ((12, 18), 1.75): (21, 31),  # fitted into 21×31.5: the long side decides
+    ((12, 18), 0.5): (6, 9),
+    ((375, 500), 0.75): (281, 375),  # 281.25 is cut
+    ((333, 500), 1.25): (416, 625),  # 416.25×625: 416 / 333 decides, 624.6 is rounded
+    ((333, 500), 1.75): (582, 874),  # 582.75×875: 582 / 333 decides, 873.87 is rounded
+    ((500, 333), 1.75): (874, 582),
+    ((3, 600), 0.5): (1, 200),  # fitted into 1×300
+    ((1, 7), 0.5): (1, 3),  # never less than a pixel; 3.5 is cut
+    ((7, 1), 1.0): (7, 1),
+}
+
+
+@pytest.mark.parametrize(("size", "scale"), SCALED_SIZES)
+def test_sizes_are_those_of_the_published_evaluation(size: tuple[int, int], scale: float) -> None:
+    assert scaled_size(torch.empty(1, 1, *size), scale) == SCALED_SIZES[size, scale]
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_augmentation_is_the_mean_over_scales_and_flips(align_corners: bool) -> None:
-    image = torch.rand(2, 3, 12, 18)
-    actual = augmented_probabilities(local_mean, image, (24, 30), [0.5, 1.0, 1.75], True, align_corners)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_augmentation_is_the_mean_over_scales_and_flips(align_corners: bool, channels: int) -> None:
+    def network(image: torch.Tensor) -> torch.Tensor:
+        return local_mean(image.mean(1, keepdim=True).expand(-1, 3, -1, -1)) / 10
+
+    image = torch.rand(2, channels, 12, 18)
+    copies = [F.interpolate(image, size, mode="bilinear") for size in ((6, 9), (12, 18), (21, 31))]
     expected = []
-    for size in ((6, 9), (12, 18), (21, 32)):  # 18 * 1.75 = 31.5 rounds up, as in the published evaluation
-        scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
+    for copy in copies:
         for dims in ([], [3]):
-            logits = local_mean(scaled.flip(dims)).flip(dims)
+            logits = network(copy.flip(dims)).flip(dims)
             upsampled = F.interpolate(logits, (24, 30), mode="bilinear", align_corners=align_corners)
             expected.append(upsampled.softmax(1))
-    torch.testing.assert_close(actual, torch.stack(expected).mean(0))
-    torch.testing.assert_close(actual.sum(1), torch.ones(2, 24, 30))
+    for scaled in (None, copies):
+        other = torch.zeros(2, channels, 40, 40) if scaled else image  # where there are copies, only they count
+        actual = augmented_probabilities(network, other, (24, 30), [0.5, 1.0, 1.75], True, align_corners, scaled)
+        torch.testing.assert_close(actual, torch.stack(expected).mean(0))
+        torch.testing.assert_close(actual.sum(1), torch.ones(2, 24, 30))
+
+
+def test_copies_of_8_bits_are_pictures_from_0_to_1() -> None:
+    image = torch.randint(0, 256, (1, 3, 12, 18), dtype=torch.uint8)
+    unit = image / 255
+    actual = augmented_probabilities(local_mean, unit, (12, 18), [1.0], scaled=[image])
+    assert torch.equal(actual, augmented_probabilities(local_mean, unit, (12, 18)))
+    with pytest.raises(ValueError, match="1 scaled copies of the images for 2 scales"):
+        augmented_probabilities(local_mean, unit, (12, 18), [0.5, 1.0], scaled=[image])
 
 
 def test_without_augmentation_it_is_the_softmax() -> None:

@@ -1,5 +1,7 @@
 """Parameter groups and learning rates against values worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -7,6 +9,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.encoder import timm_model, timm_names
 from lk_backbones.tasks.optim import encoder_lr_scales, parameter_groups, warmup_poly, warmup_poly_scheduler
 
@@ -62,20 +65,96 @@ def test_an_encoder_without_layers_is_refused() -> None:
     assert encoder_lr_scales(get_encoder("resnet18"), 1.0) == ({}, set())
 
 
-def test_groups_have_no_decay_on_norms_and_biases() -> None:
+def by_group(groups: list[dict], module: nn.Module) -> dict[tuple[float, float], set[str]]:
+    """Names of the parameters of every group, by its learning rate and weight decay."""
+    names = {id(p): n for n, p in module.named_parameters()}
+    return {(g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
+
+
+def test_norms_have_no_decay_and_biases_as_they_are_told() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1))
     module[2].weight.requires_grad_(False)
-    groups = parameter_groups(module, 0.1, 0.05, {"0.weight": 0.5}, set())
-    found = {
-        (g["lr"], g["weight_decay"]): {n for n, p in module.named_parameters() if any(p is q for q in g["params"])}
-        for g in groups
-    }
-    assert found == {(0.05, 0.05): {"0.weight"}, (0.1, 0.0): {"0.bias", "1.weight", "1.bias", "2.bias"}}
-    assert len({g["name"] for g in groups}) == len(groups)
-    exempt = parameter_groups(module, 0.1, 0.05, {}, {"0.weight"})
+    norm, biases = {"1.weight", "1.bias"}, {"0.bias", "2.bias"}
+    for bias_decay, expected in (
+        (None, {(0.05, 0.05): {"0.weight"}, (0.1, 0.05): biases, (0.1, 0.0): norm}),
+        (0.0, {(0.05, 0.05): {"0.weight"}, (0.1, 0.0): norm | biases}),
+        (0.01, {(0.05, 0.05): {"0.weight"}, (0.1, 0.01): biases, (0.1, 0.0): norm}),
+    ):
+        groups = parameter_groups(module, 0.1, 0.05, {"0.weight": 0.5}, set(), bias_decay)
+        assert by_group(groups, module) == expected
+        assert len({g["name"] for g in groups}) == len(groups)
+    exempt = parameter_groups(module, 0.1, 0.05, {}, {"0.weight", "0.bias", "2.bias"})
     assert [g["weight_decay"] for g in exempt] == [0.0]
     with pytest.raises(ValueError, match="no trainable parameter"):
         parameter_groups(module.requires_grad_(False), 0.1, 0.05)
+
+
+def norms_of(module: nn.Module) -> set[str]:
+    """Weights and biases of all normalisation layers, whosever they are, told by their types."""
+    from timm.layers.grn import GlobalResponseNorm
+
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, GlobalResponseNorm)
+    return {
+        f"{prefix}.{name}"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, kinds)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+
+
+TASKS = {
+    "upernet": (SegmentationTask, {"architecture": "upernet_openmmlab", "auxiliary_weight": 0.4}),
+    "convnextv2": (SegmentationTask, {"architecture": "fpn", "encoder": "tu-convnextv2_atto"}),
+    "swin": (SegmentationTask, {"architecture": "fpn", "encoder": "tu-swin_tiny_patch4_window7_224"}),
+    "unet": (SegmentationTask, {"architecture": "unet", "encoder": "resnet18"}),
+    "cascade": (DetectionTask, {"architecture": "cascade_mask_rcnn", "num_classes": 2}),
+    "fcos": (DetectionTask, {"architecture": "fcos", "num_classes": 2}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("bias_decay", [None, 0.0])
+def test_what_decays_in_a_task(name: str, bias_decay: float | None) -> None:
+    task_class, arguments = TASKS[name]
+    kwargs = {"img_size": 64} if name == "swin" else {}
+    task = task_class(**arguments, encoder_kwargs=kwargs, lr=1e-3, weight_decay=0.05, bias_weight_decay=bias_decay)
+    task.trainer = SimpleNamespace(estimated_stepping_batches=10, fast_dev_run=False)  # type: ignore[assignment]
+    groups = task.configure_optimizers()["optimizer"].param_groups
+    found = by_group(groups, task)
+    parameters = dict(task.named_parameters())
+    assert found.keys() == {(1e-3, 0.05), (1e-3, 0.0)}
+    assert set().union(*found.values()) == parameters.keys()
+
+    norms = norms_of(task)
+    biases = {n for n, p in parameters.items() if n.endswith("bias") and p.ndim == 1} - norms
+    # what timm's models themselves exempt, and vectors that are neither: layer scales
+    tables = {n for n in parameters if "relative_position_bias_table" in n}
+    others = {n for n, p in parameters.items() if p.ndim <= 1} - norms - biases
+    assert norms
+    assert biases
+    assert bool(tables) == (name == "swin")
+    assert found[1e-3, 0.0] == norms | tables | others | (set() if bias_decay is None else biases)
+
+
+def test_a_step_shrinks_biases_as_the_authors_do() -> None:
+    """One step without gradients: AdamW multiplies what decays by 1 - lr * weight_decay, and nothing else."""
+    task = SegmentationTask("unet", "resnet18", lr=0.5, weight_decay=0.1)
+    task.trainer = SimpleNamespace(estimated_stepping_batches=10, fast_dev_run=False)  # type: ignore[assignment]
+    optimizer = task.configure_optimizers()["optimizer"]
+    for parameter in task.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    norms = norms_of(task)
+    for name, parameter in task.named_parameters():
+        torch.testing.assert_close(parameter.data, torch.full_like(parameter, 1.0 if name in norms else 0.95))
+
+
+@pytest.mark.parametrize("decay", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("task", [SegmentationTask, DetectionTask])
+def test_an_impossible_decay_of_biases_is_refused(task, decay: float) -> None:
+    with pytest.raises(ValueError, match=r"bias_weight_decay=.* must be at least 0"):
+        task(bias_weight_decay=decay)
 
 
 def test_warm_up_and_decay_values() -> None:
