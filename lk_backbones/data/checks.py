@@ -6,6 +6,7 @@ Every finding is one error that names the file or folder and says what would be 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def _listing(folder: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) + more) or "nothing"
+
+
+def leads_outside(folder: Path, path: Path) -> bool:
+    """Says whether a path below a folder leads out of it by a symbolic link; the folder itself may be one."""
+    inside = _real_folder(os.path.abspath(folder))
+    if path.is_symlink():
+        real = os.path.realpath(path)
+    else:
+        real = os.path.join(_real_folder(os.path.abspath(path.parent)), path.name)
+    return not real.startswith(os.path.join(inside, ""))
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def require_files(files: Sequence[Path], folder: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 
 import albumentations as A
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lk_backbones.data.checks import for_all, require_folders
+from lk_backbones.data.checks import for_all, leads_outside, require_folders
 from lk_backbones.data.classes import ClassTable
-from lk_backbones.data.coco_format import CocoFile, decode_mask, read_coco, require_mask_api
+from lk_backbones.data.coco_format import CocoFile, CocoImage, read_coco
 from lk_backbones.data.datamodule import FULL_CHECK_LIMIT, CheckLevel, Split
-from lk_backbones.data.detection import DetectionDataModule, DetectionDataset, Objects
+from lk_backbones.data.detection import DetectionDataModule, DetectionDataset, Objects, UnreadablePicture
 from lk_backbones.data.detection_transforms import MULTI_SCALE
+from lk_backbones.data.outlines import require_mask_api
 from lk_backbones.data.reading import image_size, read_image
 
 _LAYOUT = (
@@ -28,84 +30,121 @@ class CocoDataset(DetectionDataset):
     Args:
         file: The annotations.
         folder: Folder that the file's ``file_name`` is relative to.
-        masks: Whether to decode masks.
+        masks: Whether there are masks.
         places: Which of the file's pictures there are, int64 `(N,)`.
         transform: See :class:`~lk_backbones.data.detection.DetectionDataset`.
         training: See :class:`~lk_backbones.data.detection.DetectionDataset`.
+        allow_outside: Whether a symbolic link in the folder may lead out of it.
     """
 
     def __init__(
-        self, file: CocoFile, folder: Path, masks: bool, places: np.ndarray, transform: A.Compose, training: bool
+        self,
+        file: CocoFile,
+        folder: Path,
+        masks: bool,
+        places: np.ndarray,
+        transform: A.Compose,
+        training: bool,
+        allow_outside: bool = False,
     ):
         super().__init__(transform, training)
         self.file = file
         self.folder = folder
         self.masks = masks
-        self.places = places
+        self.places = torch.from_numpy(places)  # loading processes share a tensor
+        self.allow_outside = allow_outside
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def _image(self, index: int) -> dict[str, Any]:
+    def _place(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} pictures, numbered from 0; there is no picture {index}.")
-        image: dict[str, Any] = self.file.images[int(self.places[index])]
-        return image
+        return int(self.places[index])
+
+    def _image(self, index: int) -> CocoImage:
+        return self.file.image(self._place(index))
 
     def path(self, index: int) -> str:
         """Returns the picture's file."""
-        return str(self.folder / self._image(index)["file_name"])
+        return str(self.folder / self._image(index).file_name)
 
     def image_id(self, index: int) -> int:
         """Returns the picture's id in the annotation file."""
-        return int(self._image(index)["id"])
+        return int(self.file.image_ids[self._place(index)])
 
     def aspect_ratio(self, index: int) -> float:
         """Returns width / height as the annotation file says."""
-        image = self._image(index)
-        return float(image["width"] / image["height"])
+        place = self._place(index)
+        return float(self.file.widths[place] / self.file.heights[place])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns height and width as the annotation file says."""
+        place = self._place(index)
+        return int(self.file.heights[place]), int(self.file.widths[place])
+
+    def objects(self, index: int) -> Objects:
+        """Returns what the annotation file says of the objects of a picture; masks are not drawn yet."""
+        place = self._place(index)
+        chosen = self.file.annotations(place)
+        boxes = self.file.boxes[chosen].numpy().copy()
+        boxes[:, 2:] += boxes[:, :2]
+        return Objects(
+            boxes=boxes,
+            labels=self.file.labels[chosen].numpy().copy(),
+            iscrowd=self.file.iscrowd[chosen].numpy().copy(),
+            area=self.file.areas[chosen].numpy().copy(),
+            masks=self.file.outlines(place) if self.masks else None,
+        )
 
     def load(self, index: int) -> tuple[np.ndarray, Objects]:
-        """See :meth:`~lk_backbones.data.detection.DetectionDataset.load`.
+        """See :meth:`~lk_backbones.data.detection.DetectionDataset.load`."""
+        picture, objects = self.read(index)
+        return picture, objects.drawn()
+
+    def blank(self, index: int) -> tuple[np.ndarray, Objects]:
+        """See :meth:`~lk_backbones.data.detection.DetectionDataset.blank`."""
+        return np.zeros((*self.size(index), 3), np.uint8), self.objects(index)
+
+    def read(self, index: int) -> tuple[np.ndarray, Objects]:
+        """See :meth:`~lk_backbones.data.detection.DetectionDataset.read`.
 
         Annotations refer to the picture as it is displayed or, where only that fits the annotation file's width and
         height, as it is stored: some data sets were annotated without regard to the EXIF orientation.
         """
         image = self._image(index)
-        path = self.folder / image["file_name"]
-        size = (image["height"], image["width"])
-        picture = read_image(path)
-        if picture.shape[:2] != size and picture.shape[:2] == size[::-1]:
-            picture = read_image(path, turn=False)
+        path = self._require_inside(image)
+        size = (image.height, image.width)
+        try:
+            picture = read_image(path)
+            if picture.shape[:2] != size and picture.shape[:2] == size[::-1]:
+                picture = read_image(path, turn=False)
+        except (FileNotFoundError, ValueError) as error:
+            raise UnreadablePicture(str(error)) from error
         self._require_size(path, image, picture.shape[:2])
-        annotations = self.file.annotations[int(self.places[index])]
-        boxes = np.array([annotation["box"] for annotation in annotations], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        masks = None
-        if self.masks:
-            masks = np.zeros((len(annotations), *size), np.uint8)
-            for mask, annotation in zip(masks, annotations, strict=True):
-                where = f"{self.file.path}, annotation {annotation['id']}"
-                mask[:] = decode_mask(where, annotation["segmentation"], *size)
-        return picture, Objects(
-            boxes=boxes,
-            labels=np.array([annotation["label"] for annotation in annotations], np.int64),
-            iscrowd=np.array([annotation["iscrowd"] for annotation in annotations], np.int64),
-            area=np.array([_area(annotation) for annotation in annotations], np.float32),
-            masks=masks,
-        )
+        return picture, self.objects(index)
 
-    def _require_size(self, path: Path, image: dict[str, Any], size: tuple[int, ...]) -> None:
-        if tuple(size) != (image["height"], image["width"]):
+    def _require_inside(self, image: CocoImage) -> Path:
+        path = self.folder / image.file_name
+        if not self.allow_outside and leads_outside(self.folder, path):
             raise ValueError(
-                f"The image {path} is {size[1]} wide and {size[0]} high, but {self.file.path} says {image['width']} "
-                f"and {image['height']} (image {image['id']}). Correct the file's width and height, and the boxes."
+                f'{self.file.path}, image {image.id}: "file_name" {image.file_name!r} leads out of {self.folder} by a '
+                "symbolic link. If you trust the file, set allow_outside=True."
+            )
+        return path
+
+    def _require_size(self, path: Path, image: CocoImage, size: tuple[int, ...]) -> None:
+        if tuple(size) != (image.height, image.width):
+            raise ValueError(
+                f"The image {path} is {size[1]} wide and {size[0]} high, but {self.file.path} says {image.width} "
+                f"and {image.height} (image {image.id}). Correct the file's width and height, and the boxes."
             )
 
     def check(self, level: CheckLevel) -> None:
         """Looks for all files; ``"headers"`` also at their sizes, ``"full"`` at every pixel and mask.
 
-        ``"auto"`` is full up to 1000 pictures, and beyond looks only for the files.
+        ``"auto"`` is full up to 1000 pictures, and beyond looks only for the files. Where pictures that cannot be read
+        are skipped, none is read here.
 
         Raises:
             FileNotFoundError: A picture is missing.
@@ -114,26 +153,26 @@ class CocoDataset(DetectionDataset):
         if level == "off":
             return
         images = [self._image(index) for index in range(len(self))]
-        missing = [image for image in images if not (self.folder / image["file_name"]).is_file()]
+        missing = [image for image in images if not self._require_inside(image).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(images)} images of {self.file.path} are not in {self.folder}, first "
-                f"{missing[0]['file_name']} (image {missing[0]['id']}). Is it the right folder?"
+                f"{missing[0].file_name} (image {missing[0].id}). Is it the right folder?"
             )
+        if self.skip_unreadable:
+            return
         if level == "full" or (level == "auto" and len(self) <= FULL_CHECK_LIMIT):
-            for_all(self.load, range(len(self)), "Checking images and annotations")
+            for_all(self._check_sample, range(len(self)), "Checking images and annotations")
         elif level == "headers":
             for_all(self._check_header, images, "Checking image sizes")
 
-    def _check_header(self, image: dict[str, Any]) -> None:
-        size = image_size(self.folder / image["file_name"])
-        if sorted(size) != sorted((image["height"], image["width"])):  # which of the two may depend on the EXIF data
-            self._require_size(self.folder / image["file_name"], image, size)
+    def _check_sample(self, index: int) -> None:
+        self.load(index)  # and nothing is kept
 
-
-def _area(annotation: dict[str, Any]) -> float:
-    area = annotation["area"]
-    return float(annotation["box"][2] * annotation["box"][3] if area is None else area)
+    def _check_header(self, image: CocoImage) -> None:
+        size = image_size(self.folder / image.file_name)
+        if sorted(size) != sorted((image.height, image.width)):  # which of the two may depend on the EXIF data
+            self._require_size(self.folder / image.file_name, image, size)
 
 
 class CocoDataModule(DetectionDataModule):
@@ -163,6 +202,9 @@ class CocoDataModule(DetectionDataModule):
         keep_empty: Whether training uses pictures without an object too. Evaluation always does.
         strict: Whether a box of no positive size, or outside of its picture, is an error. Else such annotations are
             left out, in training and in evaluation, with one warning that counts them.
+        allow_outside: Whether a ``file_name`` may lead out of the folder of the pictures: an absolute path, ``..``, a
+            symbolic link inside. A file from elsewhere could make any picture of this machine a part of the data. The
+            folders themselves may be links.
         batch_size: Training pictures per device.
         sizes: Lengths in pixels of the short side, one of which is drawn for every training picture.
         max_size: Largest length of the long side in training.
@@ -184,6 +226,7 @@ class CocoDataModule(DetectionDataModule):
         masks: bool | None = None,
         keep_empty: bool = False,
         strict: bool = False,
+        allow_outside: bool = False,
         batch_size: int = 2,
         sizes: Sequence[int] = MULTI_SCALE,
         max_size: int = 1333,
@@ -203,6 +246,7 @@ class CocoDataModule(DetectionDataModule):
         self.masks = masks
         self.keep_empty = keep_empty
         self.strict = strict
+        self.allow_outside = allow_outside
         self._files: dict[Split, CocoFile] = {}
 
     @property
@@ -241,7 +285,7 @@ class CocoDataModule(DetectionDataModule):
                     f"There is no annotations file {path}. In {folder} there is: {', '.join(found) or 'nothing'}. "
                     f"Expected: {_LAYOUT}."
                 )
-            self._files[split] = read_coco(path, self.strict, needs_annotations=split != "test")
+            self._files[split] = read_coco(path, self.strict, split != "test", self.allow_outside)
         return self._files[split]
 
     def make_dataset(self, split: Split) -> CocoDataset:
@@ -255,13 +299,16 @@ class CocoDataModule(DetectionDataModule):
         folder = self.paths[split][0]
         require_folders(self.root, [folder], _LAYOUT)
         training = split == "train"
-        places = np.arange(len(file.images))
+        places = np.arange(len(file))
         if training and not self.keep_empty:
             places = np.flatnonzero(file.num_objects > 0)
             if not len(places):
                 raise ValueError(f"{file.path} has no image with an object, so there is nothing to train on.")
         transform = self.train_transform() if training else self.eval_transform()
-        return CocoDataset(file, self.root / folder, self._has_masks(file), places, transform, training)
+        masks = self._has_masks(file)
+        dataset = CocoDataset(file, self.root / folder, masks, places, transform, training, self.allow_outside)
+        dataset.skip_unreadable = self._skip_unreadable
+        return dataset
 
     def _has_masks(self, file: CocoFile) -> bool:
         if self.masks is False:
@@ -273,16 +320,12 @@ class CocoDataModule(DetectionDataModule):
             )
         if file.without_mask is None:
             require_mask_api()
-        elif any(map(_some_mask, file.annotations)):
+        elif file.has_some_mask:
             rank_zero_warn(
                 f"{file.path}: some annotations have no segmentation, first annotation {file.without_mask}, so masks "
                 "are left out altogether."
             )
         return file.without_mask is None
-
-
-def _some_mask(annotations: list[dict[str, Any]]) -> bool:
-    return any(annotation["segmentation"] for annotation in annotations)
 
 
 def _difference(one: ClassTable, other: ClassTable) -> str:

@@ -7,14 +7,15 @@ A batch is torchvision's pair of lists, ``(images, targets)``:
 - targets: one dictionary per image with ``boxes`` float32 `(N, 4)`, corners ``x1, y1, x2, y2`` in pixels of the image;
   ``labels`` int64 `(N,)` from 1 to ``num_classes``, as 0 is the background; ``masks`` uint8 `(N, h, w)` of 0 and 1, if
   there are masks; ``area`` float32 `(N,)`, of the mask if there is one; ``iscrowd`` int64 `(N,)`, 1 where many objects
-  have one outline; ``image_id`` int; ``path``; ``original_size``, the tuple `(H, W)`. N may be 0.
+  have one outline; ``image_id`` int; ``path``; ``original_size``, the tuple `(H, W)`. N may be 0. In a test or a
+  prediction a picture that cannot be read is a black one, and its target has the reason as ``error``.
 
 Crowds are for the metrics only: a task leaves them out in training.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import albumentations as A
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from lk_backbones.data.datamodule import CheckLevel, ImageDataModule, PictureDataset, Split, require_at_least
-from lk_backbones.data.detection_transforms import MULTI_SCALE, detection_train_transform
+from lk_backbones.data.detection_transforms import MULTI_SCALE, detection_train_transform, keeps_frame
+from lk_backbones.data.outlines import Outlines, whole_frame
 from lk_backbones.data.sampling import GroupedTrainingSampler, SampleKey, TrainingSampler
 from lk_backbones.data.transforms import eval_transform
 
@@ -38,17 +40,25 @@ class Objects:
         labels: int64 `(N,)`, from 1.
         iscrowd: int64 `(N,)`, 0 or 1.
         area: float32 `(N,)`, in pixels.
-        masks: uint8 `(N, H, W)` of 0 and 1, or None.
+        masks: uint8 `(N, H, W)` of 0 and 1, or outlines that are not drawn yet, or None.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     iscrowd: np.ndarray
     area: np.ndarray
-    masks: np.ndarray | None = None
+    masks: np.ndarray | Outlines | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def drawn(self) -> "Objects":
+        """Returns the same objects with masks of pixels."""
+        return replace(self, masks=self.masks.draw()) if isinstance(self.masks, Outlines) else self
+
+
+class UnreadablePicture(ValueError):
+    """A picture is not there, cut off, or no picture."""
 
 
 class DetectionDataset(PictureDataset):
@@ -58,6 +68,13 @@ class DetectionDataset(PictureDataset):
     in evaluation ``image``, of which it must not change the size.
     """
 
+    #: Whether a picture that cannot be read becomes a black one, with the reason as ``error`` in its target.
+    skip_unreadable = False
+
+    def __init__(self, transform: A.Compose, training: bool):
+        super().__init__(transform, training)
+        self._keeps_frame = keeps_frame(transform)
+
     @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, Objects]:
         """Returns the picture, uint8 RGB `(H, W, 3)`, and its objects.
@@ -66,6 +83,14 @@ class DetectionDataset(PictureDataset):
             IndexError: There is no such sample.
             ValueError: A file is unusable; the message names it.
         """
+
+    def read(self, index: int) -> tuple[np.ndarray, Objects]:
+        """Returns what :meth:`load` does, with masks that are not drawn yet where the data set has outlines."""
+        return self.load(index)
+
+    def blank(self, index: int) -> tuple[np.ndarray, Objects]:
+        """Returns a black picture in the place of one that cannot be read, and its objects."""
+        raise NotImplementedError
 
     @abstractmethod
     def image_id(self, index: int) -> int:
@@ -78,12 +103,18 @@ class DetectionDataset(PictureDataset):
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, dict[str, Any]]:
         """Returns one picture and its target; with a :class:`SampleKey` the augmentation is the one of that seed."""
         index = key.sample if isinstance(key, SampleKey) else key
-        picture, objects = self.load(index)
+        unreadable: UnreadablePicture | None = None
+        try:
+            picture, objects = self.read(index)
+        except UnreadablePicture as error:
+            if self.training or not self.skip_unreadable:
+                raise
+            (picture, objects), unreadable = self.blank(index), error
         size = picture.shape[:2]
         if self.training:
             image, objects = self._augmented(key, picture, objects)
         else:
-            image = self.transform(image=picture)["image"]
+            image, objects = self.transform(image=picture)["image"], objects.drawn()
         target: dict[str, Any] = {
             "boxes": torch.from_numpy(objects.boxes),
             "labels": torch.from_numpy(objects.labels),
@@ -95,6 +126,8 @@ class DetectionDataset(PictureDataset):
         }
         if objects.masks is not None:
             target["masks"] = torch.from_numpy(objects.masks)
+        if unreadable is not None:
+            target["error"] = str(unreadable)
         return image, target
 
     def _augmented(self, key: int | SampleKey, picture: np.ndarray, objects: Objects) -> tuple[torch.Tensor, Objects]:
@@ -102,8 +135,11 @@ class DetectionDataset(PictureDataset):
         height, width = picture.shape[:2]
         boxes = objects.boxes.clip(0, [width, height, width, height])
         targets: dict[str, Any] = {"image": picture, "bboxes": boxes, "places": np.arange(len(objects))}
-        if objects.masks is not None and len(objects):
-            targets["masks"] = objects.masks
+        outlines = objects.masks if isinstance(objects.masks, Outlines) and self._keeps_frame else None
+        if outlines is not None:
+            targets["frame"] = whole_frame()
+        elif objects.masks is not None and len(objects):
+            targets["masks"] = objects.drawn().masks
         augmented = self.augment(key, **targets)
         image: torch.Tensor = augmented["image"]
         places = np.asarray(augmented["places"], np.int64).reshape(-1)
@@ -111,10 +147,12 @@ class DetectionDataset(PictureDataset):
         masks = None
         if objects.masks is not None:
             masks = np.zeros((0, *image.shape[1:]), np.uint8)
-            if len(places):
+            if outlines is not None:  # once, at their final size, and only those that are left
+                masks = outlines.draw(places.tolist(), augmented["frame"], (image.shape[1], image.shape[2]))
+            elif len(places):
                 masks = np.stack([np.asarray(augmented["masks"][place]) for place in places])
-                seen = masks.any(axis=(1, 2))
-                places, boxes, masks = places[seen], boxes[seen], masks[seen]
+            seen = masks.any(axis=(1, 2))
+            places, boxes, masks = places[seen], boxes[seen], masks[seen]
         sides = boxes[:, 2:] - boxes[:, :2]
         area = sides.prod(axis=1) if masks is None else masks.sum(axis=(1, 2)).astype(np.float32)
         return image, Objects(boxes, objects.labels[places], objects.iscrowd[places], area, masks)
@@ -184,6 +222,7 @@ class DetectionDataModule(ImageDataModule):
         self.flip_probability = flip_probability
         self.color_jitter = color_jitter
         self.group_by_aspect = group_by_aspect
+        self._skip_unreadable = False
 
     @abstractmethod
     def make_dataset(self, split: Split) -> DetectionDataset:
@@ -192,6 +231,17 @@ class DetectionDataModule(ImageDataModule):
         Raises:
             FileNotFoundError: Folders or files are missing; the message names them.
         """
+
+    def setup(self, stage: str | None = None) -> None:
+        """See :meth:`~lk_backbones.data.datamodule.ImageDataModule.setup`.
+
+        A picture that cannot be read is an error in training and its validation. Everywhere else it is skipped: the
+        other pictures' results are not to be lost.
+        """
+        self._skip_unreadable = stage in ("validate", "test", "predict")
+        for dataset in self._datasets.values():
+            dataset.skip_unreadable = self._skip_unreadable
+        super().setup(stage)
 
     @property
     def has_masks(self) -> bool:

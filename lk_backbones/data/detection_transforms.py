@@ -5,15 +5,18 @@ et al., 2020, arXiv 2005.12872, section 4.1): the short side is resized to one o
 within 1333; every other picture is cropped before.
 
 Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the detector
-normalises. Boxes are `(N, 4)` corners in pixels, masks uint8 `(N, H, W)`.
+normalises. Boxes are `(N, 4)` corners in pixels, masks uint8 `(N, H, W)`. Instead of masks the transforms take a
+``frame`` (see :mod:`lk_backbones.data.outlines`), by which masks can be drawn once, afterwards.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import albumentations as A
+import numpy as np
 from albumentations.pytorch import ToTensorV2
 
+from lk_backbones.data.outlines import Frame
 from lk_backbones.data.transforms import Crop, ResizeByRatio, photometric_distortion, ratio_to_fit, scaled_size
 
 #: The short sides of the published multi-scale training.
@@ -23,7 +26,28 @@ MULTI_SCALE = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 SIZES_BEFORE_CROP = (400, 500, 600)
 
 
-class ResizeShortSide(ResizeByRatio):
+class _Framed(A.DualTransform):
+    """Mixin of transforms that keep a ``frame``."""
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """What albumentations gives to which method."""
+        return {**super().targets, "frame": self.apply_to_frame}
+
+    def apply_to_frame(self, frame: Frame, **params: Any) -> Frame:
+        """Returns the frame after the transform; ``params`` has the ``shape`` before it."""
+        raise NotImplementedError
+
+
+class Mirror(_Framed, A.HorizontalFlip):
+    """albumentations' ``HorizontalFlip``."""
+
+    def apply_to_frame(self, frame: Frame, **params: Any) -> Frame:
+        """Mirrors the frame."""
+        return frame * [-1, -1, 1, 1] + [0, params["shape"][1], 0, 0]
+
+
+class ResizeShortSide(_Framed, ResizeByRatio):
     """Resizes the short side to one of some lengths, drawn at random, while the long side stays within a limit.
 
     Args:
@@ -44,8 +68,13 @@ class ResizeShortSide(ResizeByRatio):
         short = self.py_random.choice(self.sizes)
         return {"size": scaled_size(shape, ratio_to_fit(shape, (self.max_size, min(short, self.max_size))))}
 
+    def apply_to_frame(self, frame: Frame, size: tuple[int, int], **params: Any) -> Frame:  # type: ignore[override]
+        """Scales the frame."""
+        height, width = params["shape"][:2]
+        return frame * np.repeat([size[1] / width, size[0] / height], 2)
 
-class RandomSizeCrop(Crop):
+
+class RandomSizeCrop(_Framed, Crop):
     """Crops a part whose height and width are each drawn at random: mmdetection's ``absolute_range``.
 
     Args:
@@ -63,6 +92,12 @@ class RandomSizeCrop(Crop):
         smallest, largest = self.size_range
         height, width = (self.py_random.randint(min(side, smallest), min(side, largest)) for side in shape)
         return {"box": self.draw(shape, height, width)}
+
+    def apply_to_frame(  # type: ignore[override]
+        self, frame: Frame, box: tuple[int, int, int, int], **params: Any
+    ) -> Frame:
+        """Moves the frame."""
+        return frame - [0, box[2], 0, box[0]]
 
 
 def detection_train_transform(
@@ -86,17 +121,28 @@ def detection_train_transform(
 
     Returns:
         A transform that takes ``image``, ``bboxes``, ``places`` (a number per box, by which one knows afterwards which
-        are left) and, if wanted, ``masks``.
+        are left) and, if wanted, ``masks`` or a ``frame``.
     """
     crop = A.Sequential([ResizeShortSide(SIZES_BEFORE_CROP, max_size), RandomSizeCrop(crop_range)], p=crop_probability)
     return box_pipeline(
         [
-            A.HorizontalFlip(p=flip_probability),
+            Mirror(p=flip_probability),
             *([crop] if crop_probability > 0 else []),
             ResizeShortSide(sizes, max_size),
             *(photometric_distortion() if color_jitter else []),
         ]
     )
+
+
+def keeps_frame(pipeline: A.BaseCompose) -> bool:
+    """Says whether no transform of a pipeline moves pixels without telling where to."""
+    return all(
+        keeps_frame(step) if isinstance(step, A.BaseCompose) else _keeps_frame(step) for step in pipeline.transforms
+    )
+
+
+def _keeps_frame(step: Any) -> bool:
+    return isinstance(step, A.ImageOnlyTransform | A.NoOp | ToTensorV2 | _Framed)
 
 
 def box_pipeline(steps: list[A.BasicTransform]) -> A.Compose:

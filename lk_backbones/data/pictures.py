@@ -1,6 +1,7 @@
 """Any folder of pictures, to run a trained model on."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,53 @@ from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.datamodule import default_num_workers, keep_hyperparameters
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
-from lk_backbones.data.sampling import default_pin_memory, evaluation_loader
+from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
+
+
+class _Pictures(FileSegmentationDataset):
+    """Pictures of a folder, numbered from 1; in the place of one that cannot be read there is the reason."""
+
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        index = key.sample if isinstance(key, SampleKey) else key
+        try:
+            return {**super().__getitem__(index), "image_id": index + 1}
+        except (ValueError, OSError) as error:
+            return {"error": str(error)}
+
+
+def _collate_readable(samples: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Makes a batch of those that could be read, and tells the reasons of the others."""
+    readable = [sample for sample in samples if "error" not in sample]
+    errors = [sample["error"] for sample in samples if "error" in sample]
+    return (collate(readable) if readable else None), errors
+
+
+class _SkippingLoader(DataLoader[Any]):
+    """Warns of pictures that cannot be read, and gives all others."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        given, skipped = 0, []
+        for batch, errors in super().__iter__():
+            for error in errors:
+                warnings.warn(f"{error} It is skipped.", stacklevel=2)
+            skipped += errors
+            if batch is not None:
+                given += 1
+                yield batch
+        if skipped and not given and world()[0] == 1:
+            raise ValueError(f"None of the {len(skipped)} pictures can be read. The first: {skipped[0]}")
+        if skipped:
+            warnings.warn(f"{len(skipped)} pictures could not be read and were skipped.", stacklevel=2)
 
 
 class PictureFolderDataModule(LightningDataModule):
     """Pictures without labels: all below a folder, in natural order (``frame2`` before ``frame10``).
 
     Pictures are turned as their EXIF orientation says; greyscale, palette, transparent, CMYK and 16-bit pictures become
-    RGB. Batches have ``image``, ``path`` and ``original_size``; see :mod:`lk_backbones.data.segmentation`.
+    RGB. Batches have ``image``, ``path``, ``original_size`` and ``image_id``, which numbers the pictures from 1; see
+    :mod:`lk_backbones.data.segmentation`. Of a picture that cannot be read there is a warning; it is skipped.
 
     Args:
         folder: The folder, with sub-folders, or one picture.
@@ -46,7 +84,7 @@ class PictureFolderDataModule(LightningDataModule):
         self.num_workers = default_num_workers() if num_workers is None else num_workers
         self.test_size = test_size
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
-        self._dataset: FileSegmentationDataset | None = None
+        self._dataset: _Pictures | None = None
         self._test_scales: tuple[float, ...] = ()
 
     def setup(self, stage: str | None = None) -> None:
@@ -62,7 +100,7 @@ class PictureFolderDataModule(LightningDataModule):
             files = find_files(self.folder, IMAGE_EXTENSIONS)
             require_files(files, self.folder)
         no_classes = ClassTable((), (), {0: 0})
-        self._dataset = FileSegmentationDataset(files, None, no_classes, eval_transform(self.test_size), training=False)
+        self._dataset = _Pictures(files, None, no_classes, eval_transform(self.test_size), training=False)
         self.set_test_scales(self._test_scales)
 
     def set_test_scales(self, scales: Sequence[float]) -> None:
@@ -75,4 +113,6 @@ class PictureFolderDataModule(LightningDataModule):
         """Returns the loader of all pictures."""
         if self._dataset is None:
             raise RuntimeError("The pictures are not set up: call setup() first (a Trainer does).")
-        return evaluation_loader(self._dataset, self.batch_size, self.num_workers, self.pin_memory, collate)
+        return evaluation_loader(
+            self._dataset, self.batch_size, self.num_workers, self.pin_memory, _collate_readable, _SkippingLoader
+        )

@@ -140,6 +140,7 @@ def evaluation_loader(
     num_workers: int,
     pin_memory: bool,
     collate_fn: Callable[[list[Any]], Any],
+    loader: type[DataLoader[Any]] = DataLoader,
 ) -> DataLoader[Any]:
     """Builds a loader that gives every sample once, in order, over all processes together.
 
@@ -158,7 +159,7 @@ def evaluation_loader(
                 f"{replicas} processes cannot share {len(dataset)} pictures: each needs one. Use fewer devices."
             )
         sampler = UnrepeatedDistributedSampler(dataset, num_replicas=replicas, rank=rank, shuffle=False)
-    return DataLoader(
+    return loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

@@ -17,7 +17,7 @@ from lk_backbones.heads.fcos import FCOS
 from lk_backbones.heads.predictors import BoxPredictor, MaskPredictor, RetinaNetHead, RPNHead
 from lk_backbones.heads.protocol import Detector
 from lk_backbones.heads.pyramid import EncoderPyramid
-from lk_backbones.heads.regions import PyramidAnchorGenerator, PyramidRoIAlign
+from lk_backbones.heads.regions import PictureTransform, PyramidAnchorGenerator, PyramidRoIAlign
 from lk_backbones.weights.errors import nearest
 
 __all__ = ["DETECTORS", "build_detector", "published_state_dict"]
@@ -201,6 +201,8 @@ def build_detector(
         **kwargs,
     )
     detector.num_classes = num_classes
+    if not isinstance(detector.transform, PictureTransform):
+        detector.transform = PictureTransform.like(detector.transform)
     return detector
 
 

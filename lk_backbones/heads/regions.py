@@ -19,6 +19,7 @@ from lk_backbones.heads.protocol import to_full_precision
 
 __all__ = [
     "BoxCoder",
+    "PictureTransform",
     "PyramidAnchorGenerator",
     "PyramidRoIAlign",
     "SmoothMaskTransform",
@@ -157,7 +158,39 @@ class BoxCoder(det_utils.BoxCoder):
         return super().decode_single(torch.cat([centre, size], dim=-1).flatten(-2), boxes)
 
 
-class SmoothMaskTransform(GeneralizedRCNNTransform):
+class PictureTransform(GeneralizedRCNNTransform):
+    """torchvision's pre- and post-processing, for pictures of any shape.
+
+    torchvision rounds the short side of a very long picture down to no pixel at all, and fails.
+    """
+
+    @classmethod
+    def like(cls, other: GeneralizedRCNNTransform) -> "PictureTransform":
+        """Make a transform with the settings of another."""
+        return cls(
+            other.min_size,
+            other.max_size,
+            other.image_mean,
+            other.image_std,
+            other.size_divisible,
+            other.fixed_size,
+            _skip_resize=other._skip_resize,
+        )
+
+    def resize(
+        self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        """Resize an image ``(C, H, W)``, as torchvision does, but to one pixel at least."""
+        height, width = image.shape[-2:]
+        if not self.training and self.fixed_size is None and not torch.jit.is_tracing():
+            scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+            if min(height, width) * scale < 1:
+                size = (max(int(height * scale), 1), max(int(width * scale), 1))
+                return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], target
+        return super().resize(image, target)
+
+
+class SmoothMaskTransform(PictureTransform):
     """torchvision's pre- and post-processing, pasting masks at their exact place.
 
     torchvision rounds a mask's box to whole pixels first.

@@ -1,5 +1,6 @@
 """Object detection and instance segmentation: any detector on any encoder, trained and measured as the papers do."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -226,9 +227,29 @@ class DetectionTask(BaseTask):
 
     def _evaluate(self, batch: tuple[list[torch.Tensor], list[Target]], metrics: DetectionMetrics) -> dict[str, Any]:
         images, targets = batch
-        predictions = self.detect(images)
+        predictions = self._detect_readable(images, targets, [(image.shape[1], image.shape[2]) for image in images])
         metrics.update(predictions, targets)
         return {"predictions": predictions}
+
+    def _detect_readable(
+        self, images: Sequence[torch.Tensor], infos: Sequence[dict[str, Any]], sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Any]]:
+        """Detect objects, but none in pictures that could not be read, which is said."""
+        readable = [i for i, info in enumerate(infos) if "error" not in info]
+        detected = iter(self.detect([images[i] for i in readable], [sizes[i] for i in readable]) if readable else ())
+        results = []
+        for info in infos:
+            if "error" not in info:
+                results.append(next(detected))
+                continue
+            warnings.warn(f"{info['error']} It is skipped: there are no detections in it.", stacklevel=2)
+            nothing = {
+                "boxes": torch.zeros(0, 4),
+                "labels": torch.zeros(0, dtype=torch.int64),
+                "scores": torch.zeros(0),
+            }
+            results.append(nothing | ({"segmentation": []} if self.has_masks else {}))
+        return results
 
     def _log_metrics(self, stage: str, metrics: DetectionMetrics) -> None:
         # The metrics have gathered all processes by themselves; sync_dist then only averages equal numbers, and keeps
@@ -273,10 +294,11 @@ class DetectionTask(BaseTask):
             For every picture ``path``, ``image_id`` (``None`` if it has none), ``original_size`` ``(H, W)``, ``boxes``
             float32 ``(N, 4)``, ``labels`` int64 ``(N,)`` from 1, ``scores`` float32 ``(N,)``, best first, and for mask
             detectors ``segmentation``, the masks as N run lengths; `lk_backbones.tasks.masks.decode_masks` makes bool
-            ``(N, H, W)`` of them.
+            ``(N, H, W)`` of them. For pictures of a folder also ``file_name``. A picture that could not be read has
+            no detections, and the reason as ``error``.
         """
         images, infos = _pictures(batch, batch_idx)
-        detected = self.detect(images, [info["original_size"] for info in infos])
+        detected = self._detect_readable(images, infos, [info["original_size"] for info in infos])
         return [info | found for info, found in zip(infos, detected, strict=True)]
 
     # --- data -------------------------------------------------------------------------------------------------------
@@ -323,19 +345,19 @@ def _pictures(batch: Any, batch_idx: int) -> tuple[list[torch.Tensor], list[dict
     """The images of a batch of either form, and what is known of each: path, image_id, original_size."""
     if isinstance(batch, Mapping):
         images = list(batch["image"])
-        targets = [
-            {key: batch[key][i] for key in ("path", "original_size") if key in batch} for i in range(len(images))
-        ]
+        keys = [key for key in ("path", "image_id", "original_size") if key in batch]
+        targets = [{key: batch[key][i] for key in keys} for i in range(len(images))]
+        for target in targets:
+            target["file_name"] = str(target["path"]) if "path" in target else None
     else:
         images, targets = list(batch[0]), list(batch[1])
     infos = []
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         size = target.get("original_size", image.shape[1:])
-        infos.append(
-            {
-                "path": str(target.get("path", f"batch_{batch_idx}_{i}")),
-                "image_id": target.get("image_id"),
-                "original_size": (int(size[0]), int(size[1])),
-            }
-        )
+        info = {
+            "path": str(target.get("path", f"batch_{batch_idx}_{i}")),
+            "image_id": target.get("image_id"),
+            "original_size": (int(size[0]), int(size[1])),
+        }
+        infos.append(info | {key: target[key] for key in ("file_name", "error") if target.get(key) is not None})
     return images, infos

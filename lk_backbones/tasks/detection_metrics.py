@@ -1,6 +1,7 @@
 """COCO's average precision and recall of boxes and masks, over all pictures and processes."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,10 +36,12 @@ METRIC_NAMES = tuple(_NAMES)
 class DetectionMetrics(MeanAveragePrecision):
     """torchmetrics' mean average precision, with masks as run lengths and pictures in the order of their ids.
 
-    What it adds to its parent: masks may come as run lengths and never take the memory of a picture; every picture
-    counts once, even if a distributed sampler repeats it; several processes, which may have different numbers of
-    pictures, detections or objects, give the very numbers of one. Objects with ``iscrowd`` are ignored as COCO does:
-    detections inside are neither right nor wrong.
+    What it adds to its parent: masks may come as run lengths; every picture counts once, even if a distributed sampler
+    repeats it; several processes, which may have different numbers of pictures, detections or objects, give the very
+    numbers of one. Objects with ``iscrowd`` are ignored as COCO does: detections inside are neither right nor wrong.
+
+    What is kept of a picture are a few kilobytes in large blocks. Small objects that stay, between the large masks that
+    come and go, would keep the masks' memory from being used again: gigabytes after a thousand pictures.
 
     Args:
         masks: Whether to measure masks too.
@@ -50,16 +53,7 @@ class DetectionMetrics(MeanAveragePrecision):
         ModuleNotFoundError: If neither is installed.
     """
 
-    image_ids: list[torch.Tensor]
-    detection_box: list[torch.Tensor]
-    detection_mask: list[Any]
-    detection_scores: list[torch.Tensor]
-    detection_labels: list[torch.Tensor]
-    groundtruth_box: list[torch.Tensor]
-    groundtruth_mask: list[Any]
-    groundtruth_labels: list[torch.Tensor]
-    groundtruth_crowds: list[torch.Tensor]
-    groundtruth_area: list[torch.Tensor]
+    records: list[torch.Tensor]
 
     def __init__(self, masks: bool = False, per_class: bool = False, backend: Any = None, **kwargs: Any) -> None:
         require_coco_tools()
@@ -79,7 +73,7 @@ class DetectionMetrics(MeanAveragePrecision):
             )
         self.masks = masks
         self.per_class = per_class
-        self.add_state("image_ids", default=[], dist_reduce_fx=None)
+        self.add_state("records", default=[], dist_reduce_fx=None)
 
     def update(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
         """Add pictures.
@@ -91,18 +85,18 @@ class DetectionMetrics(MeanAveragePrecision):
                 (M, H, W)``; ``iscrowd (M,)`` and ``area (M,)`` if known, as in COCO.
         """
         for prediction, target in zip(predictions, targets, strict=True):
-            self.image_ids.append(torch.tensor(int(target["image_id"])))
-            self.detection_box.append(_xywh(prediction["boxes"]))
-            self.detection_labels.append(prediction["labels"].cpu())
-            self.detection_scores.append(prediction["scores"].float().cpu())
-            boxes, labels = _xywh(target["boxes"]), target["labels"].cpu()
-            self.groundtruth_box.append(boxes)
-            self.groundtruth_labels.append(labels)
-            self.groundtruth_crowds.append(target.get("iscrowd", torch.zeros_like(labels)).cpu())
-            self.groundtruth_area.append(target.get("area", torch.zeros(len(labels))).float().cpu())
-            if self.masks:
-                self.detection_mask.append(_pairs(prediction["segmentation"]))
-                self.groundtruth_mask.append(_pairs(encode_masks(target["masks"])))
+            labels = target["labels"]
+            columns = [
+                _xywh(prediction["boxes"]),
+                prediction["labels"],
+                prediction["scores"],
+                _xywh(target["boxes"]),
+                labels,
+                target.get("iscrowd", torch.zeros_like(labels)),
+                target.get("area", torch.zeros(len(labels))),
+            ]
+            masks = [prediction["segmentation"], encode_masks(target["masks"])] if self.masks else []
+            _append(self.records, _packed(int(target["image_id"]), columns, masks))
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Compute the metrics of everything seen since the last reset.
@@ -113,8 +107,13 @@ class DetectionMetrics(MeanAveragePrecision):
             NaN where there is no object of that size), the same with ``mask_``, and, if asked for, ``box_ap_per_class``
             and ``mask_ap_per_class`` with the classes ``(K,)`` that they are for in ``classes``.
         """
-        self._sort()
-        computed = super().compute()
+        self._unpack()
+        try:
+            computed = super().compute()
+        finally:
+            for name in self._defaults:
+                if name != "records":
+                    setattr(self, name, [])
         result = {}
         for kind, prefix in (("box", "bbox_"), ("mask", "segm_")) if self.masks else (("box", ""),):
             for name, their_name in _NAMES.items():
@@ -125,14 +124,18 @@ class DetectionMetrics(MeanAveragePrecision):
             result["classes"] = computed["classes"].reshape(-1)
         return result
 
-    def _sort(self) -> None:
-        """Put the pictures into the order of their ids, in which COCO's tools count them, each once."""
-        places = {int(number): place for place, number in enumerate(self.image_ids)}
-        order = [places[number] for number in sorted(places)]
-        for name in self._defaults:
-            state = getattr(self, name)
-            if state:
-                setattr(self, name, [state[place] for place in order])
+    def _unpack(self) -> None:
+        """Give the parent what it computes from: every picture once, in the order of ids, as COCO's tools count."""
+        pictures = {number: (columns, masks) for number, columns, masks in map(_unpacked, _all_records(self.records))}
+        lists: dict[str, list[Any]] = {name: [] for name in (*_COLUMNS, "detection_mask", "groundtruth_mask")}
+        for number in sorted(pictures):
+            columns, masks = pictures[number]
+            for name, column in zip(_COLUMNS, columns, strict=True):
+                lists[name].append(column)
+            for name, rles in zip(("detection_mask", "groundtruth_mask"), masks, strict=False):
+                lists[name].append(rles)
+        for name, values in lists.items():
+            setattr(self, name, values)
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
         """Leave what was collected on the CPU, whatever device the rest moves to."""
@@ -140,20 +143,96 @@ class DetectionMetrics(MeanAveragePrecision):
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """Gather what all processes have collected; they may have different numbers of pictures."""
-        states = {name: getattr(self, name) for name in self._defaults}
+        records = [block[: _used(block)].clone() for block in self.records]
         gathered: list[Any] = [None] * distributed.get_world_size(process_group)
-        distributed.all_gather_object(gathered, states, group=process_group)
-        for name in states:
-            setattr(self, name, [item for part in gathered for item in part[name]])
+        distributed.all_gather_object(gathered, records, group=process_group)
+        self.records = [block for part in gathered for block in part]
+
+
+# --- what is kept of a picture --------------------------------------------------------------------------------------
+
+# torchmetrics' names and the types of what there is per detection or object
+_COLUMNS = {
+    "detection_box": np.float32,
+    "detection_labels": np.int64,
+    "detection_scores": np.float32,
+    "groundtruth_box": np.float32,
+    "groundtruth_labels": np.int64,
+    "groundtruth_crowds": np.int64,
+    "groundtruth_area": np.float32,
+}
+
+_BLOCK = 1 << 20
+_COUNTER = np.dtype(np.int64)
+
+
+def _packed(number: int, columns: Sequence[torch.Tensor], masks: Sequence[Sequence[Rle]]) -> bytes:
+    """A picture as bytes: its id; every column with its number of rows; of every mask height, width, length, text."""
+    parts: list[np.ndarray | bytes] = [np.array([number, len(masks)], np.int64)]
+    for column, dtype in zip(columns, _COLUMNS.values(), strict=True):
+        values = column.detach().cpu().numpy().astype(dtype)
+        parts += [np.array([len(values)], np.int64), values]
+    for rles in masks:
+        texts = [rle["counts"].encode("ascii") for rle in rles]
+        sizes = [(*rle["size"], len(text)) for rle, text in zip(rles, texts, strict=True)]
+        parts += [np.array([len(rles)], np.int64), np.array(sizes, np.int64), *texts]
+    return b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
+
+
+def _unpacked(record: bytes) -> tuple[int, list[torch.Tensor], list[tuple[Any, ...]]]:
+    """The reverse of `_packed`, with masks in the form in which torchmetrics keeps run lengths."""
+    place = 0
+
+    def take(dtype: Any, count: int) -> np.ndarray:
+        nonlocal place
+        values = np.frombuffer(record, dtype, count, place)
+        place += values.nbytes
+        return values.copy()
+
+    number, kinds = take(np.int64, 2).tolist()
+    columns = []
+    for name, dtype in _COLUMNS.items():
+        (rows,) = take(np.int64, 1).tolist()
+        values = take(dtype, rows * 4).reshape(rows, 4) if name.endswith("_box") else take(dtype, rows)
+        columns.append(torch.from_numpy(values))
+    masks = []
+    for _ in range(kinds):
+        (rows,) = take(np.int64, 1).tolist()
+        sizes = take(np.int64, 3 * rows).reshape(rows, 3).tolist()
+        masks.append(tuple(((height, width), take(np.uint8, length).tobytes()) for height, width, length in sizes))
+    return number, columns, masks
+
+
+def _append(blocks: list[torch.Tensor], record: bytes) -> None:
+    """Append a record, with its length before it, to the last block if there is room, else to a new one.
+
+    Blocks begin with how many of their bytes are used, so that a copy of the list is all that needs to be kept.
+    """
+    entry = np.frombuffer(np.int64(len(record)).tobytes() + record, np.uint8)
+    used = _used(blocks[-1]) if blocks else 0
+    if not blocks or used + len(entry) > len(blocks[-1]):
+        used = _COUNTER.itemsize
+        blocks.append(torch.zeros(max(_BLOCK, used + len(entry)), dtype=torch.uint8))
+    block = blocks[-1].numpy()
+    block[used : used + len(entry)] = entry
+    block[: _COUNTER.itemsize].view(np.int64)[0] = used + len(entry)
+
+
+def _used(block: torch.Tensor) -> int:
+    return int(block[: _COUNTER.itemsize].numpy().view(np.int64)[0])
+
+
+def _all_records(blocks: Sequence[torch.Tensor]) -> Iterator[bytes]:
+    for block in blocks:
+        content, place = block.numpy(), _COUNTER.itemsize
+        while place < _used(block):
+            start = place + _COUNTER.itemsize
+            place = start + int.from_bytes(content[place:start].tobytes(), sys.byteorder)
+            yield content[start:place].tobytes()
 
 
 def _xywh(boxes: torch.Tensor) -> torch.Tensor:
     return box_convert(boxes.float().cpu().reshape(-1, 4), "xyxy", "xywh")
-
-
-def _pairs(masks: Sequence[Rle]) -> tuple[tuple[tuple[int, int], bytes], ...]:
-    """The form in which torchmetrics keeps run lengths."""
-    return tuple(((mask["size"][0], mask["size"][1]), mask["counts"].encode("ascii")) for mask in masks)
 
 
 def _nan_if_absent(value: torch.Tensor) -> torch.Tensor:

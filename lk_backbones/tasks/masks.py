@@ -10,6 +10,10 @@ Rle = dict[str, Any]
 """``{"size": [height, width], "counts": str}``, as in COCO results files."""
 
 
+# Masks that are turned and encoded together, which takes two copies of them.
+_AT_ONCE = 8
+
+
 def require_coco_tools() -> Any:
     """Import pycocotools' mask functions.
 
@@ -34,11 +38,12 @@ def encode_masks(masks: torch.Tensor) -> list[Rle]:
     Returns:
         Run lengths of every mask.
     """
-    if not len(masks):
-        return []
-    # run lengths go down the columns, and pycocotools wants (H, W, N) in Fortran order: (N, W, H) in C order, reversed
-    columns = (masks != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
-    encoded = require_coco_tools().encode(columns)
+    encode, encoded = require_coco_tools().encode, []
+    for some in masks.split(_AT_ONCE):
+        # run lengths go down the columns, and pycocotools wants (H, W, N) in Fortran order: (N, W, H) in C order,
+        # reversed
+        columns = (some != 0).to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
+        encoded += encode(columns)
     return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 

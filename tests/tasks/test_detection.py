@@ -122,7 +122,7 @@ def test_a_folder_of_pictures_will_do(tmp_path: Path) -> None:
     predictions = trainer(tmp_path).predict(make("mask_rcnn"), PictureFolderDataModule(str(pictures), num_workers=0))
     assert predictions[0][0]["path"] == str(pictures / "a.png")
     assert predictions[0][0]["original_size"] == (40, 50)
-    assert predictions[0][0]["image_id"] is None
+    assert predictions[0][0]["image_id"] == 1
 
 
 def test_a_checkpoint_rebuilds_the_task(tmp_path: Path) -> None:

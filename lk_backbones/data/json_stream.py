@@ -1,0 +1,132 @@
+"""Reading a large JSON file value by value, so that it never stands in memory as a whole."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from json import JSONDecodeError
+from typing import Any, BinaryIO
+
+#: Bytes that are read at a time.
+_WINDOW = 1 << 22
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class JsonStream:
+    """Reads the one value of a JSON file: its members and elements one after the other, with the parser of `json`.
+
+    Args:
+        file: The file, in UTF-8, with or without a mark of the byte order.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._at = 0
+        self._before = 0  # characters of the file before the window
+
+    def peek(self) -> str:
+        """Returns the next character that is no space, and goes there; empty at the end of the file."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None
+            self._at = space.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def value(self) -> Any:
+        """Returns the next value.
+
+        Raises:
+            ValueError: It is not valid JSON.
+        """
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+            except JSONDecodeError as error:
+                if self._more():  # it may only be cut off
+                    continue
+                raise ValueError(f"{error.msg} at character {self._before + error.pos}") from None
+            if end == len(self._text) and self._more():  # a number may go on
+                continue
+            self._at = end
+            return value
+
+    def members(self) -> Iterator[str]:
+        """Gives the names in the object that comes; whoever takes a name reads its value."""
+        self._take("{")
+        while self.peek() != "}":
+            name = self.value()
+            if not isinstance(name, str):
+                raise ValueError(f"a name must be text in double quotes, before character {self._position}")
+            self._take(":")
+            yield name
+            if self.peek() != "}":
+                self._take(",")
+                if self.peek() == "}":
+                    raise ValueError(f"a comma before the end of an object at character {self._position}")
+        self._take("}")
+
+    def batches(self, size: int) -> Iterator[list[Any]]:
+        """Gives the elements of the list that comes, in lists of up to ``size``."""
+        self._take("[")
+        batch: list[Any] = []
+        if self.peek() == "]":
+            self._take("]")
+            return
+        while True:
+            try:  # the whole element is in the window, as nearly always: this loop takes the time
+                value, end = self._parse(self._text, self._at)
+                mark = self._text[end]
+            except (JSONDecodeError, IndexError):
+                value, mark = self.value(), self.peek()
+            else:
+                self._at = end
+            batch.append(value)
+            if mark != ",":
+                mark = self.peek()
+                if mark == "]":
+                    break
+                self._take(",")
+            else:
+                self._at += 1
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None
+            self._at = space.end()
+            if len(batch) == size:
+                yield batch
+                batch = []
+        self._take("]")
+        yield batch
+
+    def end(self) -> None:
+        """Checks that nothing follows.
+
+        Raises:
+            ValueError: Something does.
+        """
+        if self.peek():
+            raise ValueError(f"more text after the end of the value, at character {self._position}")
+
+    @property
+    def _position(self) -> int:
+        return self._before + self._at
+
+    def _take(self, mark: str) -> None:
+        if self.peek() != mark:
+            raise ValueError(f"{mark!r} is expected at character {self._position}")
+        self._at += 1
+
+    def _more(self) -> bool:
+        """Moves the window on: what is not yet read stays, and at least as much again is read."""
+        rest = self._text[self._at :]
+        piece = self._file.read(max(_WINDOW, len(rest)))
+        self._before += self._at
+        self._text, self._at = rest + self._decoder.decode(piece, final=not piece), 0
+        return bool(piece)
