@@ -23,8 +23,9 @@ _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?i:\b(?:bearer|basic)\s+(?=\S*[\d=.
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _HIDDEN = "***"
 
-# What an encoding such as cp1252 or ASCII lacks of the signs that this package writes by itself.
-_CLOSEST = {"→": "->", "×": "x", "–": "-", "—": "-", "…": "...", "’": "'", "“": '"', "”": '"', "≥": ">=", "≤": "<="}
+# What an encoding such as cp1252 or ASCII lacks of the signs that this package writes by itself; one sign for one:
+# the columns of a table are counted before.
+_CLOSEST = {"→": ">", "×": "x", "–": "-", "—": "-", "…": "~", "’": "'", "“": '"', "”": '"'}
 _ERRORS = "lk_backbones.closest"
 
 
@@ -69,7 +70,8 @@ def _secrets() -> list[str]:
     secrets = [os.environ.get(variable, "") for variable in _SECRET_VARIABLES]
     user = os.environ.get("HF_ENDPOINT", "").partition("://")[2].rpartition("@")[0]
     secrets += [user, user.partition(":")[2]]
-    spelt = {spelling for secret in secrets for spelling in (secret, unquote(secret), quote(secret, safe=""))}
+    plain = {text for secret in secrets for text in (secret, unquote(secret))}
+    spelt = plain | {quote(text, safe=safe) for text in plain for safe in ("", "/", "!")}
     return sorted((secret for secret in spelt if len(secret) > 3), key=len, reverse=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lk_backbones._printing import printable
 from lk_backbones.data.checks import for_all, leads_outside, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.coco_format import CocoFile, CocoImage, read_coco
@@ -322,8 +323,8 @@ class CocoDataModule(DetectionDataModule):
             require_mask_api()
         elif file.has_some_mask:
             rank_zero_warn(
-                f"{file.path}: some annotations have no segmentation, first annotation {file.without_mask}, so masks "
-                "are left out altogether."
+                f"{printable(file.path)}: some annotations have no segmentation, first annotation {file.without_mask}, "
+                "so masks are left out altogether."
             )
         return file.without_mask is None
 

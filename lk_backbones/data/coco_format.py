@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lk_backbones._printing import printable
 from lk_backbones.data.classes import ClassTable, default_colors
 from lk_backbones.data.json_stream import JsonStream
 from lk_backbones.data.outlines import MAX_OUTLINE, Outlines, Polygons, RunLengths, outline_length
@@ -504,7 +505,7 @@ class _Annotations:
         parts = [f"{int(reasons[reason].sum())} {reason}, first {example}" for reason, example in examples.items()]
         total = int(sum(mask.sum() for mask in reasons.values()))
         rank_zero_warn(
-            f"{self.path}: boxes of {total} of {len(self)} annotations are left out: " + "; ".join(parts) + "."
+            f"{printable(self.path)}: boxes of {total} of {len(self)} annotations are left out: " + "; ".join(parts) + "."
         )
 
     def _check_sizes(self, images: _Images, place: np.ndarray, kept: np.ndarray) -> None:

@@ -14,6 +14,7 @@ import timm
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lk_backbones._printing import printable
 from lk_backbones.encoders import list_encoders
 from lk_backbones.encoders.loading import load_encoder
 from lk_backbones.encoders.timm_names import timm_model, timm_names
@@ -181,7 +182,7 @@ def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> None:
     spec.preprocessing = weights.preprocessing
     if weights.source.startswith("hf-hub:"):
         spec.saved["encoder_weights"] = weights.source
-    rank_zero_info(str(report))
+    rank_zero_info(printable(report, newlines=True))
     if report.missing:
         rank_zero_warn(
             f"'{report.source}' lacks {len(report.missing)} tensors of '{spec.name}', left random: "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lk_backbones._printing import printable
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError
 
 __all__ = ["LoadReport", "Mode", "check_values", "load_state"]
@@ -53,7 +54,7 @@ class LoadReport:
 
 def _some(keys: list[str]) -> str:
     keys = sorted(keys, key=lambda key: key.endswith("num_batches_tracked"))  # what matters first
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return printable(", ".join(keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str) -> None:
