@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lk_backbones._printing import printable
+from lk_backbones.encoders.registry import list_encoders
 from lk_backbones.weights.catalogue import PublishedWeights
 
 __all__ = ["CardFacts", "write_card"]
@@ -30,6 +31,7 @@ class CardFacts:
     name: str
     mean: list[float]
     std: list[float]
+    encoder: str = ""
     repo_id: str = ""
     parameters: int = 0
     num_classes: int = 0
@@ -100,7 +102,9 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         license=facts.license,
         library_name="timm" if encoder else "segmentation-models-pytorch" if facts.kind != "task" else "lk_backbones",
-        tags=["lk_backbones", "large-kernel"] + (["timm"] if encoder else ["segmentation-models-pytorch"]),
+        tags=["lk_backbones"]
+        + (["large-kernel"] if _is_large_kernel(facts) else [])
+        + (["timm"] if encoder else ["segmentation-models-pytorch"]),
         pipeline_tag=pipeline,
         model_name=facts.repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -112,7 +116,8 @@ def _what_it_is(facts: CardFacts) -> str:
     lines = [facts.description] if facts.description else []
     kind = {"encoder": "encoder", "segmentation_model": "segmentation model", "task": "model"}[facts.kind]
     classes = f", {facts.num_classes} classes" if facts.num_classes else ", without a classifier"
-    lines.append(f"`{facts.name}`: a large-kernel {kind} of {facts.parameters / 1e6:.1f} M parameters{classes}.")
+    large = "large-kernel " if _is_large_kernel(facts) else ""
+    lines.append(f"`{facts.name}`: a {large}{kind} of {facts.parameters / 1e6:.1f} M parameters{classes}.")
     if facts.published is not None:
         lines.append(f"The weights are those published as *{facts.published.paper}*, converted, not retrained.")
     if facts.arguments:
@@ -168,11 +173,14 @@ def _usage(facts: CardFacts) -> str:
     return f"{install}\n\n```python\n{code}\n```"
 
 
+def _is_large_kernel(facts: CardFacts) -> bool:
+    return facts.encoder.removeprefix("tu-").partition(".")[0] in list_encoders()
+
+
 def _input(facts: CardFacts) -> str:
+    whose = "The weights' own" if facts.published is not None else "The architecture's usual"
     size = (
-        f" The weights' own size is {facts.input_size[1]}×{facts.input_size[2]} pixels; others work."
-        if facts.input_size
-        else ""
+        f" {whose} size is {facts.input_size[1]}×{facts.input_size[2]} pixels; others work." if facts.input_size else ""
     )
     who = " The task normalises by itself." if facts.task_class else ""
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (facts.mean, facts.std))
@@ -203,10 +211,14 @@ def _provenance(facts: CardFacts) -> str:
         lines.append(f"Converted from {_code(facts.origin)}, SHA-256 `{facts.origin_sha256}`.")
     if facts.claimed is not None:
         known = facts.claimed.sha256
-        why = f"its SHA-256 begins with {known} there" if known else "it holds no checksum of that"
+        why = (
+            f"the file that it knows has a SHA-256 that begins with {known}, this one has another"
+            if known
+            else "it holds no checksum of those weights"
+        )
         lines.append(
             f"Its publisher calls the file `{facts.claimed.name}`, but the catalogue of lk_backbones cannot confirm "
-            f"that ({why}): no accuracy, data or licence of those weights is claimed here. They were published at "
+            f"that: {why}. No accuracy, data or licence of those weights is claimed here. They were published at "
             f"{facts.claimed.page}."
         )
     started = facts.hyper_parameters.get("encoder_weights")

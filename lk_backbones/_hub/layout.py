@@ -164,6 +164,7 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
     return CardFacts(
         kind="encoder",
         name=name,
+        encoder=architecture,
         mean=preprocessing["mean"],
         std=preprocessing["std"],
         num_classes=full.num_classes,
@@ -232,6 +233,7 @@ def _write_smp_model(model: Any, folder: Path, preprocessing: dict[str, list[flo
     return CardFacts(
         kind="segmentation_model",
         name=f"{type(model).__name__} on {arguments['encoder_name']}",
+        encoder=str(arguments["encoder_name"]),
         mean=preprocessing["mean"],
         std=preprocessing["std"],
         num_classes=arguments.get("classes", 0),
@@ -270,7 +272,7 @@ def _write_task(task: BaseTask, folder: Path) -> CardFacts:
     _write_json(file, config)
     facts.task_class, facts.num_classes = type(task).__name__, hparams["num_classes"]
     facts.class_names = hparams.get("class_names") or []
-    facts.hyper_parameters = hparams
+    facts.hyper_parameters, facts.encoder = hparams, str(hparams["encoder"])
     return facts
 
 

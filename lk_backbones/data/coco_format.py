@@ -505,7 +505,9 @@ class _Annotations:
         parts = [f"{int(reasons[reason].sum())} {reason}, first {example}" for reason, example in examples.items()]
         total = int(sum(mask.sum() for mask in reasons.values()))
         rank_zero_warn(
-            f"{printable(self.path)}: boxes of {total} of {len(self)} annotations are left out: " + "; ".join(parts) + "."
+            f"{printable(self.path)}: boxes of {total} of {len(self)} annotations are left out: "
+            + "; ".join(parts)
+            + "."
         )
 
     def _check_sizes(self, images: _Images, place: np.ndarray, kept: np.ndarray) -> None:

@@ -277,7 +277,12 @@ def big(workspace: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [
-        pytest.param("mine.pth", ["--model", "replknet_31b.in1k"], "its SHA-256 begins with fd08e268", id="by --model"),
+        pytest.param(
+            "mine.pth",
+            ["--model", "replknet_31b.in1k"],
+            "a SHA-256 that begins with fd08e268, this one has another",
+            id="by --model",
+        ),
         pytest.param("replknet-31B_3rdparty_in1k_20221118-fd08e268.pth", [], "begins with fd08e268", id="by file name"),
         pytest.param("mine.pth", ["--model", "replknet_31b.in22k"], "it holds no checksum", id="no checksum known"),
     ],
@@ -344,4 +349,5 @@ def test_a_whole_foreign_encoder_is_published_bit_for_bit(name: str, workspace: 
     features = model.forward_intermediates(x, intermediates_only=True)
     assert torch.equal(features[-1], encoder(x)[-1])
     card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    assert "large-kernel" not in card
     assert ("head.norm.weight" in card and "new, not trained" in card) == ("convnext" in name)
