@@ -16,6 +16,7 @@ from safetensors.torch import save
 from lk_backbones import hub as lk_hub
 from lk_backbones.cli import main
 from lk_backbones.weights import DownloadError, pull
+from lk_backbones.weights.download import fetch_from_hub
 from tests.hostile.conftest import Refused
 from tests.hub.conftest import client, finish, process  # noqa: F401
 from tests.hub.conftest import hub as loopback
@@ -234,7 +235,9 @@ NAMES = ["../../x", "..", "a/../../x", "a//b", "/etc/passwd", "a\\..\\x", "C:/x"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_name_that_leads_elsewhere(name: str, hub: LoopbackHub, refused: Refused) -> None:
-    refused(["hub", "pull", f"{SOURCE}/{name}"], "is no path of a file in the repository 'you/tiny'")
+    refused(["hub", "pull", f"{SOURCE}/{name}"], "is no ")
+    with pytest.raises(DownloadError, match="is no path of a file in the repository 'you/tiny'"):
+        fetch_from_hub(REPO, name)
     assert hub.requests == []
 
 
