@@ -1,6 +1,5 @@
 """From weights and what is written beside them to the model they belong to, without its values."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +9,19 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-import lk_backbones.tasks
 from lk_backbones.encoders.loading import fitting_arguments, fitting_encoders, is_dense_model
 from lk_backbones.tasks import DetectionTask, SegmentationTask
-from lk_backbones.tasks.base import BaseTask, class_name_of, without_encoder_weights
+from lk_backbones.tasks.base import BaseTask, saved_task, without_encoder_weights
 from lk_backbones.tasks.openmmlab import detector_arguments, upernet_arguments
 from lk_backbones.weights.arguments import (
     check_architecture,
     check_model_arguments,
-    check_plain,
     shorten,
     weight_arguments,
 )
 from lk_backbones.weights.catalogue import identify_published, list_published
 from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.saved import build_saved
 from lk_backbones.weights.sources import Weights
 
 __all__ = ["build_model"]
@@ -46,9 +44,12 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
     config = weights.config
     own = config.get("_lk_backbones") or {}
     if own.get("hyper_parameters") is not None:
-        return _task(own.get("class") or "SegmentationTask", own["hyper_parameters"], weights)
+        hyper_parameters = own["hyper_parameters"]
+        if isinstance(hyper_parameters, dict):
+            hyper_parameters = hyper_parameters | {"_class_path": own.get("class") or "SegmentationTask"}
+        return _task(hyper_parameters, weights)
     if weights.hyper_parameters:
-        return _task(class_name_of(weights.hyper_parameters), weights.hyper_parameters, weights)
+        return _task(weights.hyper_parameters, weights)
     if config.get("_model_class") is not None:
         return _smp_model(weights)
     if config.get("architecture") is not None:
@@ -100,29 +101,13 @@ def _build(make: Callable[[], Any], weights: Weights) -> Any:
         ) from error
 
 
-def _task(class_name: str, hyper_parameters: dict[str, Any], weights: Weights) -> BaseTask:
-    # Only our own tasks: a file must not be able to choose what is imported and run.
-    task_class = getattr(lk_backbones.tasks, class_name, None) if class_name in lk_backbones.tasks.__all__ else None
-    if not (isinstance(task_class, type) and issubclass(task_class, BaseTask)):
-        raise WeightsError(
-            f"'{weights.source}' is of a task {shorten(class_name)}, which this version of lk_backbones lacks"
-        )
-    arguments = {key: value for key, value in hyper_parameters.items() if not str(key).startswith("_")}
-    where = f"'{weights.source}': 'hyper_parameters'"
-    check_plain(arguments, where)
-    unknown = sorted(arguments.keys() - inspect.signature(task_class).parameters.keys())
-    if unknown:
-        raise WeightsError(
-            f"'{weights.source}' was written by another version of {class_name}, which lacks the arguments "
-            f"{shorten(unknown[:5])}"
-        )
-    for key in ("encoder_kwargs", "architecture_kwargs"):
-        if arguments.get(key) is not None:
-            arguments[key] = check_model_arguments(arguments[key], f"{where}['{key}']")
+def _task(hyper_parameters: Any, weights: Weights) -> BaseTask:
+    task_class: type[BaseTask]
+    task_class, arguments, where = saved_task({"hyper_parameters": hyper_parameters}, weights.source)
 
     def make() -> BaseTask:
         with without_encoder_weights():
-            return task_class(**arguments)
+            return build_saved(task_class, arguments, where)
 
     return _build(make, weights)
 

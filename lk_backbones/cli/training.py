@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from lk_backbones.weights.errors import WeightMismatchError
+from lk_backbones.weights.saved import build_saved, constructor_parameters, read_training_checkpoint
 
 __all__ = ["run"]
 
@@ -22,6 +23,9 @@ _DEFAULTS = {
     "predict": ["--weights_only", "true", "--return_predictions", "false"],
 }
 
+# What Lightning takes for a checkpoint that it has to find itself.
+_NO_FILES = ("best", "last", "hpc", "null")
+
 
 def run(args: list[str]) -> None:
     """Run one of Lightning's commands.
@@ -30,13 +34,19 @@ def run(args: list[str]) -> None:
         args: The command and its flags.
     """
     # Imported here: `models` and a mistyped command need not wait for Lightning.
+    from jsonargparse import Namespace
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     import lk_backbones.data
     import lk_backbones.tasks  # noqa: F401, so that short class names resolve
     from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
-    from lk_backbones.tasks.base import without_encoder_weights
+
+    # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
+    args = _pictures(args)
+    saved = _from_checkpoint(args)
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -46,27 +56,50 @@ def run(args: list[str]) -> None:
             parser.add_lightning_class_args(CocoResults, "results")
             parser.add_lightning_class_args(ReproducibleSteps, "reproducible")
 
-        def _parse_ckpt_path(self) -> None:
-            """Lightning would let the checkpoint win over flags; :func:`_from_checkpoint` lets flags win."""
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            if saved:
+                given = parser.parse_args(args, defaults=False)[self.config["subcommand"]]
+                for key, part in saved.items():
+                    part.given = set(vars(given.get(key, Namespace())))
 
-    # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
-    restored = args[0] != "fit" and _option(args, "--ckpt_path") is not None
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would hand the checkpoint to its instantiators, and let it win over flags."""
+
+        def before_instantiate_classes(self) -> None:
+            if not saved:
+                _check_file(self.config[self.config["subcommand"]])
+
     # A checkpoint holds every weight: those that its encoder started from are not fetched again.
-    with without_encoder_weights() if restored else nullcontext():
+    restored = _option(args, "--ckpt_path") if args[0] != "fit" else None
+    with _restoring(restored) if restored is not None else nullcontext():
         cli = CLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
+            saved["model"].factory(args) if "model" in saved else LightningModule,
+            saved["data"].factory(args) if "data" in saved else LightningDataModule,
+            subclass_mode_model="model" not in saved,
+            subclass_mode_data="data" not in saved,
             auto_configure_optimizers=False,
+            # What is restored has no configuration: a file that named it would let a checkpoint name classes.
+            save_config_callback=None if saved else SaveConfigCallback,
+            load_from_checkpoint_support=not saved,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "lk-backbones"},
-            args=_pictures(_from_checkpoint(args)),
+            args=args,
         )
     if cli.trainer.is_global_zero:
         _say_where(cli.trainer)
+
+
+@contextmanager
+def _restoring(path: str) -> Iterator[None]:
+    """Build without the weights that the encoder started from, and name the checkpoint if its weights do not fit."""
+    from lk_backbones.tasks.base import without_encoder_weights
+
+    try:
+        with without_encoder_weights():
+            yield
+    except WeightMismatchError as error:
+        raise WeightMismatchError(f"'{path}': {error}") from error
 
 
 def _say_where(trainer: Any) -> None:
@@ -97,41 +130,90 @@ def _option(args: Sequence[str], name: str) -> str | None:
     return value
 
 
-def _from_checkpoint(args: list[str]) -> list[str]:
-    """Put what a checkpoint knows of its model and data in front of the user's own flags.
+@dataclass
+class _Saved:
+    """A task or data module that a checkpoint describes, whose arguments flags replace.
+
+    Attributes:
+        key: Group of the flags, ``model`` or ``data``.
+        cls: The class.
+        arguments: Its arguments in the checkpoint, checked.
+        where: What to call them in messages.
+        given: Names of the arguments that flags give.
+    """
+
+    key: str
+    cls: type
+    arguments: dict[str, Any]
+    where: str
+    given: set[str] = field(default_factory=set)
+
+    def factory(self, args: Sequence[str]) -> Callable[..., Any]:
+        """What LightningCLI calls to build it, with a parameter for every flag; ``None`` stands for the checkpoint's.
+
+        The parser sees the user's flags only, so nothing in the checkpoint can reach its instantiators.
+
+        Args:
+            args: The command line.
+        """
+
+        def build(**flags: Any) -> Any:
+            given = {name: self._extended(name, value, args) for name, value in flags.items() if name in self.given}
+            return build_saved(self.cls, self.arguments, self.where, **given)
+
+        parameters = [
+            parameter.replace(annotation=parameter.annotation | None, default=None)
+            for parameter in constructor_parameters(self.cls).values()
+        ]
+        build.__signature__ = inspect.Signature(parameters, return_annotation=self.cls)  # type: ignore[attr-defined]
+        build.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": self.cls}
+        build.__doc__ = self.cls.__doc__
+        # jsonargparse keeps a class of this name for every function, so two in one process must differ
+        build.__qualname__ = f"saved_{self.cls.__name__}_{id(build)}"
+        return build
+
+    def _extended(self, name: str, value: Any, args: Sequence[str]) -> Any:
+        """A flag's value, added to the checkpoint's by ``--model.name.key`` and ``--model.name+``."""
+        flag, saved = f"--{self.key}.{name}", self.arguments.get(name)
+        if isinstance(value, dict) and isinstance(saved, dict) and any(a.startswith(f"{flag}.") for a in args):
+            return saved | value
+        if isinstance(value, list) and saved and any(a.split("=")[0] == f"{flag}+" for a in args):
+            return [*saved, *value]
+        return value
+
+
+def _from_checkpoint(args: list[str]) -> dict[str, _Saved]:
+    """What a checkpoint knows of the model and the data that the command line leaves open.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the file is not a checkpoint of one of our tasks.
     """
-    from lk_backbones.tasks.base import class_name_of
+    from lk_backbones.data.datamodule import saved_data
+    from lk_backbones.tasks.base import saved_task
 
     path = _option(args, "--ckpt_path")
-    if args[0] == "fit" or path is None or path in ("best", "last", "null") or path.startswith("hf-hub:"):
-        return args
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        hyper_parameters = dict(checkpoint["hyper_parameters"])
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint that `lk-backbones fit` wrote: {error}") from error
-
-    known = []
-    has_config = _option(args, "--config") is not None
-    if not has_config and not any(arg.split("=")[0] == "--model" for arg in args):
-        class_path = hyper_parameters.pop("_class_path", f"lk_backbones.tasks.{class_name_of(hyper_parameters)}")
-        known += ["--model", _config(class_path, hyper_parameters)]
-    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    given = any(arg.split("=")[0] in ("--data", "--pictures") for arg in args)
-    if not has_config and not given and "_class_path" in data:
-        known += ["--data", _config(data.pop("_class_path"), data)]
-    return [args[0], *known, *args[1:]]
+    given = {arg.split("=")[0] for arg in args}
+    wanted = [key for key in ("model", "data") if f"--{key}" not in given]
+    if args[0] not in ("validate", "test", "predict") or path is None or path in _NO_FILES:
+        return {}
+    if not wanted or given & {"--config", "-c"}:
+        return {}
+    saved = {}
+    checkpoint = read_training_checkpoint(path)
+    if "model" in wanted:
+        saved["model"] = _Saved("model", *saved_task(checkpoint, path))
+    if "data" in wanted:
+        saved["data"] = _Saved("data", *saved_data(checkpoint, path))
+    return saved
 
 
-def _config(class_path: str, init_args: dict[str, Any]) -> str:
-    init_args = {key: value for key, value in init_args.items() if not key.startswith("_")}
-    return json.dumps({"class_path": class_path, "init_args": init_args})
+def _check_file(config: Any) -> None:
+    """Read the checkpoint that a trainer is about to load, before anything is built."""
+    path = config["ckpt_path"]
+    elsewhere = path is None or path in _NO_FILES or "://" in path or path.startswith("registry")
+    if not elsewhere and config["weights_only"] is not False:
+        read_training_checkpoint(path)
 
 
 def _pictures(args: list[str]) -> list[str]:

@@ -3,13 +3,15 @@
 import os
 import random
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import albumentations as A
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from lk_backbones.data.classes import ClassTable, Color
 from lk_backbones.data.sampling import (
@@ -22,8 +24,19 @@ from lk_backbones.data.sampling import (
     init_worker,
     world,
 )
+from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.saved import (
+    build_saved,
+    checked_arguments,
+    find_class,
+    fits,
+    own_classes,
+    read_training_checkpoint,
+    require_finite,
+)
 
 Split = Literal["train", "val", "test"]
+DataT = TypeVar("DataT", bound="PictureDataModule")
 CheckLevel = Literal["auto", "full", "headers", "off"]
 
 #: Up to this many pictures per split ``check_files="auto"`` reads every file in full.
@@ -65,7 +78,68 @@ class PictureDataset(Dataset[Any], ABC):
         return self.transform(**targets)
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class PictureDataModule(LightningDataModule):
+    """Base of everything here that a trainer takes as ``datamodule``: it can be rebuilt from a checkpoint."""
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, weights_only: bool | None = None, **kwargs: Any
+    ) -> Self:
+        """Rebuilds a data module from the arguments that a checkpoint holds.
+
+        The class is this one, or where this is a base the one of lk_backbones that the checkpoint names; its arguments
+        are plain values, among them the folders it reads. The checkpoint builds nothing else and runs nothing.
+
+        Args:
+            checkpoint_path: Path, URL or file object.
+            map_location: Where to put the checkpoint's tensors, as for `torch.load`.
+            weights_only: ``False`` unpickles the file, which runs whatever its writer put into it.
+            **kwargs: Replace arguments.
+
+        Returns:
+            The data module.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or no checkpoint of such a data module.
+        """
+        checkpoint = read_training_checkpoint(checkpoint_path, map_location or "cpu", weights_only is not False)
+        data_class, arguments, where = saved_data(checkpoint, checkpoint_path, cls)
+        module = build_saved(data_class, arguments, where, **kwargs)
+        state = checkpoint.get(data_class.__qualname__)
+        if state is not None:
+            module.load_state_dict(state)
+        return module
+
+
+def saved_data(
+    checkpoint: Mapping[str, Any], source: object, cls: type[DataT] | None = None
+) -> tuple[type[DataT], dict[str, Any], str]:
+    """Finds the data module that a checkpoint describes, and checks its arguments.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        source: Its name, for messages.
+        cls: The class that is asked for; by default whichever of ours the checkpoint names.
+
+    Returns:
+        Class, constructor arguments, and what to call them in messages.
+
+    Raises:
+        WeightsError: It describes none of our data modules, or holds what cannot be arguments of it.
+    """
+    from lk_backbones import data  # the classes in it derive from the one above
+
+    values = checkpoint.get("datamodule_hyper_parameters")
+    where = f"'{source}', datamodule_hyper_parameters"
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{where}: there are none, so it does not say what data it is for: name them, with --data")
+    known: Any = own_classes(data, PictureDataModule)
+    found = find_class(cls or PictureDataModule, values.get("_class_path"), known, where, "--data")
+    return found, checked_arguments(found, values, where), where
+
+
+class ImageDataModule(PictureDataModule, ABC):
     """Base of the data modules: splits, their checks, and loaders.
 
     The order and the augmentation of training batches depend on the seed, the epoch and the position alone, so a run
@@ -284,7 +358,14 @@ class ImageDataModule(LightningDataModule, ABC):
         return {"seed": self.seed, "training_images": samples, "batch_size": self.batch_size, "processes": world()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the seed of a checkpoint, so that the run goes on as it began."""
+        """Takes over the seed of a checkpoint, so that the run goes on as it began.
+
+        Raises:
+            ValueError: The checkpoint holds something else.
+        """
+        if not isinstance(state_dict, Mapping) or not fits(dict(state_dict), dict[str, int]):
+            raise ValueError(f"The checkpoint's state of {type(self).__name__} must be whole numbers by name.")
+        require_at_least("the checkpoint's seed", state_dict.get("seed", -1), 0)
         self.seed = state_dict["seed"]
         self._state_of_checkpoint = state_dict
 
@@ -299,13 +380,27 @@ def require_at_least(name: str, number: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
 
 
+def require_size(name: str, size: Sequence[int] | None) -> None:
+    """Checks an argument of two lengths in pixels, or None.
+
+    Raises:
+        ValueError: It is not two positive numbers.
+    """
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"{name} must be two lengths in pixels, each at least 1, got {tuple(size)}.")
+
+
 def keep_hyperparameters(module: LightningDataModule) -> None:
     """Keeps the constructor's arguments in checkpoints, so that a checkpoint knows what data it was trained on.
 
     Paths are kept as text: checkpoints are read without unpickling any other type. Loggers already get the task's.
+
+    Raises:
+        ValueError: An argument is infinite or NaN.
     """
     module.save_hyperparameters(logger=False)
     module.hparams.update({k: os.fspath(v) for k, v in module.hparams.items() if isinstance(v, os.PathLike)})
+    require_finite(module.hparams)
 
 
 def default_num_workers() -> int:

@@ -22,7 +22,14 @@ import albumentations as A
 import numpy as np
 import torch
 
-from lk_backbones.data.datamodule import CheckLevel, ImageDataModule, PictureDataset, Split, require_at_least
+from lk_backbones.data.datamodule import (
+    CheckLevel,
+    ImageDataModule,
+    PictureDataset,
+    Split,
+    require_at_least,
+    require_size,
+)
 from lk_backbones.data.detection_transforms import MULTI_SCALE, detection_train_transform, keeps_frame
 from lk_backbones.data.outlines import Outlines, whole_frame
 from lk_backbones.data.sampling import GroupedTrainingSampler, SampleKey, TrainingSampler
@@ -208,7 +215,8 @@ class DetectionDataModule(ImageDataModule):
         super().__init__(batch_size, val_batch_size, num_workers, seed, check_files, pin_memory)
         if not sizes:
             raise ValueError("sizes must hold at least one length of the short side, in pixels.")
-        for name, number in (("sizes", min(sizes)), ("max_size", max_size), ("crop_range", crop_range[0])):
+        require_size("crop_range", crop_range)
+        for name, number in (("sizes", min(sizes)), ("max_size", max_size)):
             require_at_least(name, number, 1)
         if crop_range[0] > crop_range[1]:
             raise ValueError(f"crop_range must be (smallest, largest) side, got {tuple(crop_range)}.")

@@ -5,12 +5,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
-from lk_backbones.data.datamodule import default_num_workers, keep_hyperparameters
+from lk_backbones.data.datamodule import (
+    PictureDataModule,
+    default_num_workers,
+    keep_hyperparameters,
+    require_at_least,
+    require_size,
+)
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
@@ -53,7 +58,7 @@ class _SkippingLoader(DataLoader[Any]):
             warnings.warn(f"{len(skipped)} pictures could not be read and were skipped.", stacklevel=2)
 
 
-class PictureFolderDataModule(LightningDataModule):
+class PictureFolderDataModule(PictureDataModule):
     """Pictures without labels: all below a folder, in natural order (``frame2`` before ``frame10``).
 
     Pictures are turned as their EXIF orientation says; greyscale, palette, transparent, CMYK and 16-bit pictures become
@@ -79,6 +84,9 @@ class PictureFolderDataModule(LightningDataModule):
     ):
         super().__init__()
         keep_hyperparameters(self)
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("num_workers", num_workers or 0, 0)
+        require_size("test_size", test_size)
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.num_workers = default_num_workers() if num_workers is None else num_workers

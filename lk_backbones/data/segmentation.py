@@ -28,7 +28,7 @@ from lk_backbones.data.datamodule import (
     ImageDataModule,
     PictureDataset,
     Split,
-    require_at_least,
+    require_size,
 )
 from lk_backbones.data.reading import labels_to_classes, read_image, read_labels
 from lk_backbones.data.sampling import SampleKey
@@ -202,7 +202,8 @@ class SegmentationDataModule(ImageDataModule):
     ):
         super().__init__(batch_size, val_batch_size, num_workers, seed, check_files, pin_memory)
         crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
-        require_at_least("crop_size", min(crop_size), 1)
+        for name, size in (("crop_size", crop_size), ("base_size", base_size), ("test_size", test_size)):
+            require_size(name, size)
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(
                 f"scale_range must be (smallest, largest) with 0 < smallest <= largest, got {scale_range}."

@@ -1,15 +1,15 @@
 """What every task shares: encoder arguments, normalisation, optimiser and schedule, safe checkpoints."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import segmentation_models_pytorch as smp
 import torch
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -24,8 +24,19 @@ from lk_backbones.tasks.optim import (
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
+from lk_backbones.weights.errors import WeightMismatchError, WeightsError
+from lk_backbones.weights.saved import (
+    build_saved,
+    checked_arguments,
+    find_class,
+    own_classes,
+    read_training_checkpoint,
+    require_finite,
+)
 
-__all__ = ["BaseTask", "check_shared_arguments", "class_name_of", "mean_and_std", "without_encoder_weights"]
+__all__ = ["BaseTask", "check_shared_arguments", "mean_and_std", "saved_task", "without_encoder_weights"]
+
+TaskT = TypeVar("TaskT", bound="BaseTask")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,13 +57,42 @@ def without_encoder_weights() -> Iterator[None]:
         _skip_encoder_weights.reset(token)
 
 
-def class_name_of(hyper_parameters: Mapping[str, Any]) -> str:
-    """Name of the task class that hyper-parameters in a checkpoint are of.
+def saved_task(
+    checkpoint: Mapping[str, Any], source: object, cls: "type[TaskT] | None" = None
+) -> "tuple[type[TaskT], dict[str, Any], str]":
+    """Find the task that a checkpoint describes, and check its arguments.
 
-    The command line notes it in the checkpoint. A bare trainer does not; only detectors number their categories.
+    Args:
+        checkpoint: Content of the checkpoint, or of a file with the same ``hyper_parameters``.
+        source: Its name, for messages.
+        cls: The class that is asked for; by default whichever of ours the checkpoint names.
+
+    Returns:
+        Class, constructor arguments, and what to call them in messages.
+
+    Raises:
+        WeightsError: If it describes none of our tasks, or holds what cannot be arguments of it.
     """
-    bare = "DetectionTask" if "category_ids" in hyper_parameters else "SegmentationTask"
-    return str(hyper_parameters.get("_class_path", bare)).rpartition(".")[2]
+    from lk_backbones import tasks  # the classes in it derive from the one below
+
+    values = checkpoint.get("hyper_parameters")
+    where = f"'{source}', hyper_parameters"
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{where}: there are none, so it does not say what model it is of; --model or --config can")
+    # a bare trainer does not note the class; only detectors number their categories
+    bare = "DetectionTask" if "category_ids" in values else "SegmentationTask"
+    known: Any = own_classes(tasks, BaseTask)
+    found = find_class(cls or BaseTask, values.get("_class_path", bare), known, where, "--model")
+    return found, checked_arguments(found, values, where), where
+
+
+def _saved_device(storage: Any, location: str) -> Any:
+    """Put tensors where they were saved from, if that is here, else on the CPU."""
+    kind = location.partition(":")[0]
+    here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()) or (
+        kind == "mps" and torch.backends.mps.is_available()
+    )  # fmt: skip
+    return None if here else storage.cpu()
 
 
 class BaseTask(L.LightningModule):
@@ -210,49 +250,76 @@ class BaseTask(L.LightningModule):
         return [] if any(isinstance(c, SafeCheckpoints) for c in callbacks) else [SafeCheckpoints()]
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Rebuild a task from a checkpoint alone, without the network or the file of its encoder weights.
+
+        The class is this one, or where this is `BaseTask` the one of lk_backbones that the checkpoint names; its
+        arguments are plain values. The checkpoint builds nothing else and runs nothing.
 
         Args:
             checkpoint_path: Path, URL or file object.
-            *args: As `lightning.LightningModule.load_from_checkpoint`.
-            **kwargs: As there; unknown ones replace hyper-parameters.
+            map_location: Device of the task, as for `torch.load`; by default the one it was saved from, if it is here.
+            hparams_file: A YAML file of hyper-parameters, instead of those in the checkpoint.
+            strict: Whether every weight must be in the checkpoint and the reverse; ``None`` for the task's own choice.
+            weights_only: ``False`` unpickles the file, which runs whatever its writer put into it.
+            **kwargs: Replace hyper-parameters.
 
         Returns:
             The task, in training mode as every new module: call ``eval()`` before using it without a trainer.
 
         Raises:
             FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or no checkpoint of such a task.
             RuntimeError: If the checkpoint's weights are not those of the network that its hyper-parameters describe.
         """
-        if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
-            path = Path(checkpoint_path)
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no checkpoint '{path}'")
-        kwargs.setdefault("weights_only", True)  # a checkpoint may come from anywhere: never unpickle arbitrary objects
+        checkpoint = read_training_checkpoint(
+            checkpoint_path, _saved_device if map_location is None else map_location, weights_only is not False
+        )
+        if hparams_file is not None:
+            checkpoint["hyper_parameters"] = load_hparams_from_yaml(hparams_file, use_omegaconf=False)
+        task_class, arguments, where = saved_task(checkpoint, checkpoint_path, cls)
         with without_encoder_weights():
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            task = build_saved(task_class, arguments, where, **kwargs)
+        task.on_load_checkpoint(checkpoint)
+        weights = checkpoint["state_dict"]
+        try:
+            task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
+        except WeightMismatchError as error:
+            raise WeightMismatchError(f"'{checkpoint_path}': {error}") from error
+        devices = [value.device for value in weights.values()]
+        return task.to(devices[0]) if devices else task
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, as `torch.nn.Module.load_state_dict`, with an error that says what does not fit.
 
         Raises:
-            RuntimeError: If a shape differs or, when strict, a key is missing or unknown: with the first of each.
+            WeightMismatchError: If something is no tensor, a shape differs or, when strict, a key is missing or
+                unknown: with the first of each.
         """
         own = self.state_dict()
+        tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
         problems = {
             "missing": [key for key in own if key not in state_dict] if strict else [],
-            "unknown": [key for key in state_dict if key not in own] if strict else [],
+            "unknown": [str(key) for key in state_dict if key not in own] if strict else [],
+            "that are no tensors": [key for key in own if key in state_dict and key not in tensors],
             "of another shape": [
-                f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+                f"{key} {tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}"
                 for key in own
-                if key in state_dict and own[key].shape != state_dict[key].shape
+                if key in tensors and own[key].shape != tensors[key].shape
             ],
         }
         if any(problems.values()):
             lines = [f"{len(keys)} {kind}, first {keys[:5]}" for kind, keys in problems.items() if keys]
             described = {k: self.hparams[k] for k in ("architecture", "encoder", "num_classes") if k in self.hparams}
-            raise RuntimeError(
+            raise WeightMismatchError(
                 f"the checkpoint holds another model than {type(self).__name__}({described}): {'; '.join(lines)}"
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -269,6 +336,7 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
     Raises:
         ValueError: With the argument's name and what would be right.
     """
+    require_finite(hparams)
     num_classes = hparams["num_classes"]
     if num_classes < least_classes:
         raise ValueError(f"num_classes={num_classes} must be at least {least_classes} ({why})")
@@ -279,10 +347,12 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
     names = hparams["class_names"] or []
     if len(set(names)) != len(names):
         raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
-    for key, low in (("lr", 0), ("weight_decay", None), ("layer_decay", 0), ("power", None)):
-        value = hparams[key]
-        if value < 0 or value == low:
-            raise ValueError(f"{key}={value} must be {'positive' if low == 0 else 'at least 0'}")
+    for key in ("lr", "layer_decay"):
+        if hparams[key] <= 0:
+            raise ValueError(f"{key}={hparams[key]} must be positive")
+    for key in ("weight_decay", "momentum", "power", "min_lr", "gamma"):
+        if hparams.get(key, 0) < 0:
+            raise ValueError(f"{key}={hparams[key]} must be at least 0")
     bias_weight_decay = hparams["bias_weight_decay"]
     if bias_weight_decay is not None and not 0 <= bias_weight_decay < float("inf"):
         raise ValueError(f"bias_weight_decay={bias_weight_decay} must be at least 0, or null for weight_decay")
@@ -334,6 +404,7 @@ def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[l
     chosen = {
         key: given.get(key, [values[i % len(values)] for i in range(channels)]) for key, values in defaults.items()
     }
+    require_finite(chosen)
     if min(chosen["std"]) <= 0:
         raise ValueError(f"std={list(chosen['std'])} must be positive")
     return [float(v) for v in chosen["mean"]], [float(v) for v in chosen["std"]]

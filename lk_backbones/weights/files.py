@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.errors import WeightsError
 
-__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "read_checkpoint", "sha256_of"]
+__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "check_stream", "read_checkpoint", "sha256_of"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -119,26 +119,45 @@ def check_archive(file: Path) -> None:
         WeightsError: If it was damaged, or holds more than its size allows.
     """
     with file.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            return
+        check_stream(stream, str(file))
+
+
+def check_stream(stream: IO[bytes], name: str) -> None:
+    """`check_archive` of a file that is open; it is left at its beginning.
+
+    Args:
+        stream: The file.
+        name: What to call it in messages.
+
+    Raises:
+        WeightsError: As there.
+    """
+    start = stream.read(4)
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if start != b"PK\x03\x04":
+        return
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             content = sum(entry.file_size for entry in archive.infolist())
-            if content > file.stat().st_size:
+            if content > size:
                 raise WeightsError(
-                    f"'{file}' is a compressed archive, which would grow from {file.stat().st_size} to {content} "
-                    f"bytes; torch.save writes none: unpack it yourself if you trust it"
+                    f"'{name}' is a compressed archive, which would grow from {size} to {content} bytes; torch.save "
+                    f"writes none: unpack it yourself if you trust it"
                 )
+            if len(set(archive.namelist())) < len(archive.namelist()):
+                raise WeightsError(f"'{name}' is an archive with two parts of one name, as torch.save never writes")
             damaged = archive.testzip()
     except WeightsError:
         raise
     except Exception as error:  # a directory of entries that makes no sense has many ways to fail
-        raise WeightsError(f"'{file}' is no whole archive ({error}): it is truncated or was altered") from error
+        raise WeightsError(f"'{name}' is no whole archive ({error}): it is truncated or was altered") from error
     if damaged is not None:
         raise WeightsError(
-            f"'{file}' is damaged: the checksum of {shorten(damaged)} in it is wrong. Fetch it again, or take an "
+            f"'{name}' is damaged: the checksum of {shorten(damaged)} in it is wrong. Fetch it again, or take an "
             f"earlier checkpoint"
         )
+    stream.seek(0)
 
 
 def _unpickle(file: Path) -> Any:

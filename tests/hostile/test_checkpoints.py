@@ -2,17 +2,398 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lk_backbones import hub
+from lk_backbones.cli import main
+from lk_backbones.data import PictureFolderDataModule, SegmentationDataModule, SyntheticScenesDataModule
+from lk_backbones.tasks import BaseTask, DetectionTask, SegmentationTask
 from tests.hostile.conftest import Refused
 
-BROKEN = {"empty": b"", "text": b"not a checkpoint", "truncated": b"PK\x03\x04" + bytes(200)}
+QUIET = [
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.enable_model_summary", "false", "--trainer.num_sanity_val_steps", "0", "--trainer.logger", "false"),
+]
+TASK = [
+    *("--model", "SegmentationTask", "--model.architecture", "fpn", "--model.encoder", "replknet_31n"),
+    *("--model.num_classes", "9", "--model.encoder_kwargs", '{"kernel_sizes": 3}'),
+]
+DATA = [
+    *("--data", "SyntheticScenesDataModule", "--data.image_size", "[64, 64]", "--data.train_images", "2"),
+    *("--data.val_images", "1", "--data.test_images", "1", "--data.num_workers", "0", "--data.batch_size", "2"),
+]
+FIT = [*TASK, *DATA, *QUIET, "--trainer.limit_val_batches", "0", "--trainer.max_steps", "1"]
+
+Content = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as `lk-backbones fit` writes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    main(["fit", *FIT, "--trainer.default_root_dir", str(folder)])
+    (path,) = folder.rglob("*.ckpt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def original(trained: Path) -> Content:
+    content: Content = torch.load(trained, weights_only=True)
+    assert content["hyper_parameters"]["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
+    return content
+
+
+@pytest.fixture
+def content(original: Content) -> Content:
+    """The content of that checkpoint, to be tampered with."""
+    return copy.deepcopy(original)
+
+
+# ---- files that are no checkpoints ----
+
+BROKEN = {
+    "empty": b"",
+    "text": b"not a checkpoint",
+    "truncated": b"PK\x03\x04" + bytes(200),
+    "pickle": b"\x80\x04cos\nsystem\n.",
+    "zip": b"PK\x05\x06" + bytes(18),
+}
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "fit"])
 def test_a_broken_file_is_named(command: str, content: bytes, workspace: Path, refused: Refused) -> None:
     (workspace / "broken.ckpt").write_bytes(content)
-    refused([command, "--ckpt_path", "broken.ckpt"], "broken.ckpt")
+    more = FIT if command == "fit" else []
+    message = refused([command, *more, "--ckpt_path", "broken.ckpt"], "broken.ckpt is not a checkpoint")
+    assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_half_a_checkpoint_is_named(command: str, trained: Path, workspace: Path, refused: Refused) -> None:
+    (workspace / "half.ckpt").write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
+    more = FIT if command == "fit" else []
+    message = refused([command, *more, "--ckpt_path", "half.ckpt"], "half.ckpt", "truncated")
+    assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("command", ["validate", "fit", "hub", "convert"])
+def test_a_flipped_bit_is_found(command: str, trained: Path, workspace: Path, refused: Refused) -> None:
+    """torch.load does not compare checksums: one bit of a weight changes without a word."""
+    data = bytearray(trained.read_bytes())
+    with zipfile.ZipFile(trained) as archive:
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+        name_and_extra = int.from_bytes(data[part.header_offset + 26 : part.header_offset + 28], "little")
+        name_and_extra += int.from_bytes(data[part.header_offset + 28 : part.header_offset + 30], "little")
+    data[part.header_offset + 30 + name_and_extra + part.file_size // 2] ^= 0x10
+    (workspace / "flipped.ckpt").write_bytes(data)
+    torch.load(workspace / "flipped.ckpt", weights_only=True)  # the control: nothing is noticed
+    args = {
+        "validate": ["validate", "--ckpt_path", "flipped.ckpt"],
+        "fit": ["fit", *FIT, "--ckpt_path", "flipped.ckpt"],
+        "hub": ["hub", "publish", "flipped.ckpt", "--repo", "you/x", "--dry-run"],
+        "convert": ["convert", "flipped.ckpt"],
+    }
+    refused(args[command], "flipped.ckpt", "checksum")
+
+
+class Runs:
+    """Runs a function when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.canary),))
+
+
+@pytest.mark.parametrize("place", ["state_dict", "hyper_parameters", "datamodule_hyper_parameters", "callbacks"])
+@pytest.mark.parametrize("command", ["validate", "fit"])
+def test_a_pickle_is_not_unpickled(
+    command: str, place: str, content: Content, canary: Path, workspace: Path, refused: Refused
+) -> None:
+    content[place] = {**content[place], "extra": Runs(canary)}
+    torch.save(content, workspace / "pickle.ckpt")
+    more = FIT if command == "fit" else []
+    message = refused([command, *more, "--ckpt_path", "pickle.ckpt"], "pickle.ckpt", "posix.mkdir")
+    assert "weights_only" not in message
+
+
+# ---- checkpoints of tensors and plain values only, that name what to run ----
+
+
+def opens(canary: Path) -> dict[str, Any]:
+    """What an instantiator would turn into an open file, at once."""
+    return {"class_path": "logging.FileHandler", "init_args": {"filename": str(canary)}}
+
+
+def starts(canary: Path) -> dict[str, Any]:
+    """What an instantiator would turn into a process."""
+    command = [sys.executable, "-c", f"open({str(canary)!r}, 'w')"]
+    return {"class_path": "subprocess.Popen", "init_args": {"args": command}}
+
+
+def model(**values: Any) -> Callable[[Content], None]:
+    return lambda content: content["hyper_parameters"].update(values)
+
+
+def data(**values: Any) -> Callable[[Content], None]:
+    return lambda content: content["datamodule_hyper_parameters"].update(values)
+
+
+def model_only(**values: Any) -> Callable[[Content], None]:
+    return lambda content: content.update(hyper_parameters=values)
+
+
+def data_only(**values: Any) -> Callable[[Content], None]:
+    return lambda content: content.update(datamodule_hyper_parameters=values)
+
+
+def _deep(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _bomb() -> list[Any]:
+    value: list[Any] = [0]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def _endless() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["again"] = value
+    return value
+
+
+# What is done to the checkpoint, and what the error names. `C` stands for the canary.
+TAMPERED: dict[str, tuple[Callable[[Any], Callable[[Content], None]], tuple[str, ...]]] = {
+    "encoder_kwargs": (lambda c: model(encoder_kwargs=opens(c)), ("class_path",)),
+    "a process": (lambda c: model(encoder_kwargs={"kernel_sizes": 3, "act_layer": starts(c)}), ()),
+    "below encoder_kwargs": (lambda c: model(encoder_kwargs={"kernel_sizes": 3, "act_layer": opens(c)}), ()),
+    "a list in encoder_kwargs": (lambda c: model(encoder_kwargs={"kernel_sizes": [opens(c)]}), ()),
+    "architecture_kwargs": (lambda c: model(architecture_kwargs=opens(c)), ("class_path",)),
+    "below architecture_kwargs": (lambda c: model(architecture_kwargs={"decoder_dropout": opens(c)}), ()),
+    "class_names": (lambda c: model(class_names=opens(c)), ("class_names",)),
+    "a class's name": (lambda c: model(class_names=[opens(c)] * 9), ("class_names",)),
+    "encoder": (lambda c: model(encoder=opens(c)), ("encoder",)),
+    "loss": (lambda c: model(loss=opens(c)), ("loss",)),
+    "a number": (lambda c: model(lr=opens(c)), ("lr",)),
+    "the arguments themselves": (lambda c: model(**opens(c)), ("class_path",)),
+    "nothing but that": (lambda c: model_only(**opens(c)), ("class_path",)),
+    "dict_kwargs": (lambda c: model(dict_kwargs={"encoder_kwargs": opens(c)}), ("dict_kwargs",)),
+    "init_args": (lambda c: model(init_args={"encoder_kwargs": opens(c)}), ("init_args",)),
+    "model class": (
+        lambda c: model_only(_class_path="logging.FileHandler", filename=str(c)),
+        ("logging.FileHandler", "--model"),
+    ),
+    "model module": (lambda c: model(_class_path="evil.SegmentationTask"), ("evil.SegmentationTask", "--model")),
+    "model class of Lightning": (
+        lambda c: model(_class_path="lightning.pytorch.demos.boring_classes.BoringModel"),
+        ("BoringModel",),
+    ),
+    "abstract class": (lambda c: model(_class_path="lk_backbones.tasks.BaseTask"), ("BaseTask",)),
+    "another class of ours": (lambda c: model(_class_path="lk_backbones.tasks.Overlays"), ("Overlays",)),
+    "model class as a dictionary": (lambda c: model(_class_path=opens(c)), ("_class_path",)),
+    "model class as a list": (lambda c: model(_class_path=["lk_backbones.tasks.SegmentationTask"]), ("_class_path",)),
+    "instantiator": (lambda c: model(_instantiator="evil.instantiate", encoder_kwargs=opens(c)), ()),
+    "hparams of old": (
+        lambda c: lambda content: content.update(hparams=opens(c), hyper_parameters=opens(c)),
+        ("class_path",),
+    ),
+    "data class": (
+        lambda c: data_only(_class_path="logging.FileHandler", filename=str(c)),
+        ("logging.FileHandler", "--data"),
+    ),
+    "data module": (lambda c: data(_class_path="evil.Data"), ("evil.Data", "--data")),
+    "data factory": (
+        lambda c: data_only(_class_path="lightning.pytorch.LightningDataModule.from_datasets", train_dataset=opens(c)),
+        ("from_datasets",),
+    ),
+    "data base": (lambda c: data(_class_path="lightning.pytorch.LightningDataModule"), ("LightningDataModule",)),
+    "data abstract": (lambda c: data(_class_path="lk_backbones.data.SegmentationDataModule"), ()),
+    "data that is a task": (lambda c: data(_class_path="lk_backbones.tasks.SegmentationTask"), ("SegmentationTask",)),
+    "data size": (lambda c: data(image_size=opens(c)), ("image_size",)),
+    "data seed": (lambda c: data(seed=opens(c)), ("seed",)),
+    "data unknown": (lambda c: data(transform=opens(c)), ("transform",)),
+    "data kwargs": (lambda c: data(dict_kwargs=opens(c)), ("dict_kwargs",)),
+    "data arguments": (lambda c: data(**opens(c)), ("class_path",)),
+    # values that are no exploit, but no arguments either
+    "no arguments": (lambda c: lambda content: content.pop("hyper_parameters"), ("hyper_parameters",)),
+    "arguments as a list": (lambda c: lambda content: content.update(hyper_parameters=[1]), ("hyper_parameters",)),
+    "data as text": (
+        lambda c: lambda content: content.update(datamodule_hyper_parameters="x"),
+        ("datamodule_hyper_parameters",),
+    ),
+    "no state": (lambda c: lambda content: content.pop("state_dict"), ("state_dict",)),
+    "state as a list": (lambda c: lambda content: content.update(state_dict=[]), ("state_dict",)),
+    "weights as numbers": (
+        lambda c: lambda content: content["state_dict"].update({next(iter(content["state_dict"])): 1.0}),
+        ("no tensors",),
+    ),
+    "too deep": (lambda c: model(encoder_kwargs={"a": _deep(1, 60)}), ("encoder_kwargs",)),
+    "too many": (lambda c: model(encoder_kwargs={"a": _bomb()}), ("encoder_kwargs",)),
+    "endless": (lambda c: model(architecture_kwargs=_endless()), ("architecture_kwargs",)),
+    "number as text": (lambda c: model(lr="1"), ("lr",)),
+    "text as number": (lambda c: model(architecture=1), ("architecture",)),
+    "switch as text": (lambda c: model(tta_flip="no"), ("tta_flip",)),
+    "tensor": (lambda c: model(lr=torch.tensor(1.0)), ("lr",)),
+    "set": (lambda c: model(class_names={"a"}), ("class_names",)),
+    "keys of numbers": (lambda c: model(encoder_kwargs={1: 2}), ("encoder_kwargs",)),
+    "argument of a number": (lambda c: lambda content: content["hyper_parameters"].update({1: 2}), ("key 1",)),
+    "huge number": (lambda c: model(num_classes=10**500), ("num_classes",)),
+    "not finite": (lambda c: model(lr=float("inf")), ("lr",)),
+    "unknown argument": (lambda c: model(learning_rate=1.0), ("learning_rate",)),
+}
+
+
+def spoil(content: Content, name: str, canary: Path, file: Path) -> tuple[str, ...]:
+    """Write the tampered checkpoint; returns what an error about it must name."""
+    tamper, names = TAMPERED[name]
+    tamper(canary)(content)
+    torch.save(content, file)
+    torch.load(file, weights_only=True)  # the control: torch finds nothing wrong
+    # a module that runs something when it is imported
+    sys.modules.pop("evil", None)
+    importlib.invalidate_caches()
+    (file.parent / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    return names
+
+
+@contextmanager
+def time_to_start(name: str) -> Iterator[None]:
+    """A process that was started has not written its file yet when the command ends."""
+    try:
+        yield
+    finally:
+        time.sleep(0.5 if "process" in name else 0)
+
+
+@pytest.fixture
+def importable(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a command runs, from which modules are found, as with ``python -m lk_backbones``."""
+    monkeypatch.syspath_prepend(str(workspace))
+    return workspace
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_checkpoint_is_refused(
+    name: str, content: Content, canary: Path, importable: Path, refused: Refused
+) -> None:
+    names = spoil(content, name, canary, importable / "evil.ckpt")
+    with time_to_start(name):
+        refused(["validate", "--ckpt_path", "evil.ckpt", *QUIET], "evil.ckpt", *names)
+
+
+ROUTES = (
+    "encoder_kwargs",
+    "a process",
+    "architecture_kwargs",
+    "model class",
+    "model module",
+    "data factory",
+    "data module",
+)
+
+
+@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_so_do_the_other_commands(
+    command: str, name: str, content: Content, canary: Path, importable: Path, refused: Refused
+) -> None:
+    names = spoil(content, name, canary, importable / "evil.ckpt")
+    with time_to_start(name):
+        refused([command, "--ckpt_path", "evil.ckpt", *QUIET], "evil.ckpt", *names)
+
+
+OF_MODEL = [name for name, (_, _) in TAMPERED.items() if not name.startswith("data")]
+
+
+@pytest.mark.parametrize("name", OF_MODEL)
+@pytest.mark.parametrize("task", [SegmentationTask, BaseTask])
+def test_so_does_the_python_interface(
+    task: type[BaseTask], name: str, content: Content, canary: Path, importable: Path
+) -> None:
+    if "class" in name.split() or name == "model module":
+        task = BaseTask  # whoever names a class gets that class
+    spoil(content, name, canary, importable / "evil.ckpt")
+    with time_to_start(name), pytest.raises(ValueError, match=r"evil\.ckpt"):
+        task.load_from_checkpoint(importable / "evil.ckpt")
+
+
+@pytest.mark.parametrize("name", [name for name in TAMPERED if name.startswith("data ")])
+def test_so_do_data_modules(name: str, content: Content, canary: Path, importable: Path) -> None:
+    spoil(content, name, canary, importable / "evil.ckpt")
+    cls = SegmentationDataModule if "class" in name or "module" in name else SyntheticScenesDataModule
+    if name in ("data factory", "data base", "data abstract", "data that is a task"):
+        cls = SegmentationDataModule
+    with pytest.raises(ValueError, match=r"evil\.ckpt"):
+        cls.load_from_checkpoint(importable / "evil.ckpt")
+
+
+@pytest.mark.parametrize("name", [*ROUTES[:5], "class_names", "dict_kwargs", "too deep", "too many", "endless", "set"])
+def test_so_do_the_tools_of_the_hub(
+    name: str, content: Content, canary: Path, importable: Path, refused: Refused
+) -> None:
+    spoil(content, name, canary, importable / "evil.ckpt")
+    with time_to_start(name):
+        with pytest.raises(ValueError, match=r"evil\.ckpt"):
+            hub.load_model("evil.ckpt")
+        refused(["convert", "evil.ckpt"], "evil.ckpt")
+        refused(["hub", "publish", "evil.ckpt", "--repo", "you/x", "--dry-run"], "evil.ckpt")
+
+
+@pytest.mark.parametrize("name", ["encoder_kwargs", "model class", "model module", "instantiator", "data factory"])
+def test_weights_alone_and_a_resumed_run_heed_nothing_of_it(
+    name: str, content: Content, canary: Path, importable: Path
+) -> None:
+    """The encoder's weights are wanted, or the run's own configuration counts: what else the file says is not read."""
+    spoil(content, name, canary, importable / "evil.ckpt")
+    task = SegmentationTask("fpn", "replknet_31n", encoder_weights="evil.ckpt", encoder_kwargs={"kernel_sizes": 3})
+    key = next(key for key in content["state_dict"] if key.startswith("model.encoder."))
+    assert torch.equal(task.state_dict()[key], content["state_dict"][key])
+    main(["fit", *FIT[:-1], "2", "--ckpt_path", "evil.ckpt", "--trainer.default_root_dir", "out"])
+    assert list(Path("out").rglob("*.ckpt"))
+
+
+# ---- what remains allowed ----
+
+
+def test_classes_that_a_user_names_are_built(trained: Path, workspace: Path) -> None:
+    shutil.copy(trained, "my.ckpt")
+    task = DetectionTask.load_from_checkpoint
+    with pytest.raises(ValueError, match=r"my\.ckpt.*SegmentationTask"):
+        task("my.ckpt")
+    assert isinstance(BaseTask.load_from_checkpoint("my.ckpt"), SegmentationTask)
+
+    class Mine(SegmentationTask):
+        pass
+
+    assert type(Mine.load_from_checkpoint("my.ckpt", lr=0.5)) is Mine
+    again = SyntheticScenesDataModule.load_from_checkpoint("my.ckpt", val_images=7)
+    assert (again.hparams["val_images"], again.hparams["train_images"], again.batch_size) == (7, 2, 2)
+    assert type(SegmentationDataModule.load_from_checkpoint("my.ckpt")) is SyntheticScenesDataModule
+    with pytest.raises(ValueError, match=r"my\.ckpt.*SyntheticScenesDataModule"):
+        PictureFolderDataModule.load_from_checkpoint("my.ckpt")
+
+
+def test_a_class_of_the_users_own_is_asked_for_by_name(content: Content, workspace: Path, refused: Refused) -> None:
+    content["datamodule_hyper_parameters"]["_class_path"] = "my.package.Streets"
+    torch.save(content, "mine.ckpt")
+    refused(["validate", "--ckpt_path", "mine.ckpt"], "mine.ckpt", "my.package.Streets", "--data", "--config")
+    main(["validate", "--ckpt_path", "mine.ckpt", *DATA, *QUIET])

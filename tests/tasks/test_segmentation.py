@@ -357,7 +357,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path).validate(
             make(encoder="tu-convnext_atto"), loader([(32, 32)]), ckpt_path=tmp_path / "task.ckpt"
         )
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint '.*nothing\.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nothing\.ckpt"):
         SegmentationTask.load_from_checkpoint(tmp_path / "nothing.ckpt")
 
 
