@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from PIL import Image
 
 from lk_backbones.cli import main
@@ -27,6 +28,9 @@ SCENES = [
     *("--data", "SyntheticScenesDataModule", "--data.image_size", "[64, 64]", "--data.batch_size", "2"),
     *("--data.train_images", "12", "--data.val_images", "3", "--data.test_images", "3", "--data.num_workers", "0"),
 ]
+
+
+KWARGS = {"drop_path_rate": 0.2, "kernel_sizes": 7}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,143 @@ def test_mistakes_get_one_clear_error(
     assert stopped.value.code not in (0, None)
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.encoder", "replknet_31m"], "error: unknown encoder 'replknet_31m'; did you mean 'replknet_31t', "),
+        (
+            ["--model", "SegmentationTsk"],
+            "error: model: there is no class 'SegmentationTsk'; did you mean 'Segment",
+        ),
+        (["--data", "CocoDataModul"], "error: data: there is no class 'CocoDataModul'; did you mean 'CocoDataModule'"),
+        (["--model.num_clases", "5"], "no argument 'num_clases'; did you mean 'num_classes'"),
+        (["--model.learning_rate", "5"], "no argument 'learning_rate'; --model.help SegmentationTask lists them"),
+        (["--data.rot", "5"], "SyntheticScenesDataModule: there is no argument 'rot'"),
+        (["--model.lr", "fast"], "error: model.lr: SegmentationTask: must be float, got fast"),
+        (["--model.lr", "-1"], "error: lr=-1.0 must be positive"),
+        (["--model.optimizer", "adam"], "model.optimizer: SegmentationTask: must be Literal['adamw', 'sgd'], got adam"),
+        (["--data.batch_size", "0"], "error: batch_size must be at least 1, got 0."),
+        (["--trainer.limit_val_batches", "many"], "error: trainer.limit_val_batches: must be int or float, got many"),
+        (["--trainer.maxi_epochs", "3"], "error: there is no flag --trainer.maxi_epochs; did you mean 'trainer.max_ep"),
+        (["--trainer.callbacks", "ModelChekpoint"], "no class 'ModelChekpoint'; did you mean 'ModelCheckpoint'"),
+        (["--config", "nothing.yaml"], "nothing.yaml"),
+        (["--config", "key.yaml"], "error: there is no option 'modell'; did you mean 'model'"),
+        (["--config", "argument.yaml"], "there is no argument 'encoderr'; did you mean 'encoder'"),
+        (["--config", "value.yaml"], "error: model.lr: SegmentationTask: must be float, got fast"),
+        (["--config", "constructor.yaml"], "error: lr=-1.0 must be positive"),
+    ],
+)
+def test_the_mistake_comes_first_and_nothing_else(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("key.yaml").write_text("modell:\n  class_path: SegmentationTask\n")
+    for name, arguments in {"argument": "encoderr: x", "value": "lr: fast", "constructor": "lr: -1.0"}.items():
+        text = f"model:\n  class_path: SegmentationTask\n  init_args:\n    {arguments}\n"
+        Path(f"{name}.yaml").write_text(text + "data:\n  class_path: SyntheticScenesDataModule\n")
+    scenes = [] if args[0] == "--config" else SCENES
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *scenes, *TINY, *args])
+    assert stopped.value.code not in (0, None)
+    error = capsys.readouterr().err
+    error = error[error.index("error:") :]
+    assert message in " ".join(error.split())
+    assert len(error) < 300
+    assert not any(noise in error for noise in ("usage", "Union", "Namespace", "NestedArg", "<class", "Given value"))
+
+
+def test_nothing_to_train_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    assert "error: --data and --model must be given, or a --config that names them" in capsys.readouterr().err
+
+
+NUMBERS = """
+import contextlib, io, itertools, json, sys, yaml
+flags = ["limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+         "overfit_batches", "val_check_interval", "gradient_clip_val"]
+values = ["1", "1.0", "0.5", "2", "0", "0.0"]
+if sys.argv[1] == "stock":
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+    def parse(args):
+        LightningCLI(BoringModel, BoringDataModule, args=args)
+else:
+    from lk_backbones.cli import main
+    def parse(args):
+        main([*args, "--model", "SegmentationTask", "--data", "SyntheticScenesDataModule"])
+found = {}
+for value, from_file in itertools.product(values, [False, True]):
+    args = [part for flag in flags for part in (f"--trainer.{flag}", value)]
+    if from_file:
+        with open("numbers.yaml", "w") as file:
+            file.write("trainer:\\n" + "".join(f"  {flag}: {value}\\n" for flag in flags))
+        args = ["--config", "numbers.yaml"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        parse(["fit", *args, "--print_config"])
+    trainer = yaml.safe_load(out.getvalue())["trainer"]
+    found[f"{value} {from_file}"] = {flag: repr(trainer[flag]) for flag in flags}
+print(json.dumps(found))
+"""
+
+
+def test_numbers_of_batches_keep_their_type_as_in_a_stock_cli(tmp_path: Path) -> None:
+    """1 is one batch and 1.0 are all; which of them arrives must not depend on what was imported before."""
+    results = {}
+    for which in ("stock", "ours"):
+        command = [sys.executable, "-W", "ignore", "-c", NUMBERS, which]
+        ran = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+        results[which] = json.loads(ran.stdout.splitlines()[-1])
+    assert results["ours"] == results["stock"]
+    assert set(results["ours"]["1 False"].values()) == set(results["ours"]["1 True"].values()) == {"1"}
+    assert set(results["ours"]["1.0 False"].values()) == {"1.0"}
+
+
+def test_other_modules_and_runs_without_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    short = [*TINY, "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--seed_everything", "false"]
+    boring = "lightning.pytorch.demos.boring_classes"
+    other = ["--model", f"{boring}.BoringModel", "--data", f"{boring}.BoringDataModule"]
+    main(["fit", *other, *short])
+    main(["fit", *SCENES, *short])
+    assert "PL_GLOBAL_SEED" not in os.environ
+    first, second = sorted(tmp_path.rglob("*.ckpt"))
+    assert torch.load(first, weights_only=True)["global_step"] == torch.load(second, weights_only=True)["global_step"]
+    main(["validate", *other, "--ckpt_path", str(first), *short[:-2]])
+    main(["predict", *other, "--ckpt_path", str(first), *short[:-2]])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.tta_scales", "null"], {"tta_scales": None}),
+        (["--model.tta_flip", "false", "--model.tta_scales+", "0.5"], {"tta_flip": False, "tta_scales": [1.0, 0.5]}),
+        (
+            ["--model.encoder_kwargs.drop_path_rate", "0.0"],
+            {"encoder_kwargs": {"drop_path_rate": 0.0, "kernel_sizes": 7}},
+        ),
+        (["--model.encoder_kwargs.drop_path_rate", "0.1"], {"encoder_kwargs": KWARGS | {"drop_path_rate": 0.1}}),
+        (["--model.encoder_kwargs", '{"kernel_sizes": 7}'], {"encoder_kwargs": {"kernel_sizes": 7}}),
+        (["--data.test_images", "2"], {}),
+    ],
+)
+def test_every_form_of_a_flag_wins_over_the_checkpoint(
+    flags: list[str], expected: dict[str, object], checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= {"tta_flip": True, "tta_scales": [1.0]}
+    torch.save(content, "other.ckpt")
+    main(["validate", "--ckpt_path", "other.ckpt", *flags, *TINY, "--trainer.limit_val_batches", "1"])
+    (file,) = tmp_path.rglob("hparams.yaml")
+    logged = load_hparams_from_yaml(file)
+    assert {"tta_flip": True, "tta_scales": [1.0], "num_classes": 9} | expected == {
+        key: logged[key] for key in {"tta_flip", "tta_scales", "num_classes", *expected}
+    }
 
 
 def test_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

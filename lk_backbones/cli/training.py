@@ -38,8 +38,7 @@ def run(args: list[str]) -> None:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    import lk_backbones.data
-    import lk_backbones.tasks  # noqa: F401, so that short class names resolve
+    from lk_backbones.cli.configuration import Parser, Trainer, reason_of
     from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
@@ -70,6 +69,17 @@ def run(args: list[str]) -> None:
             if not saved:
                 _check_file(self.config[self.config["subcommand"]])
 
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except Exception as error:
+                raise reason_of(error) from None
+
+        def after_instantiate_classes(self) -> None:
+            unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
+            trainer: Any = self.trainer
+            trainer.callbacks = [c for c in trainer.callbacks if _applies(c, self.model, unseeded)]
+
     # A checkpoint holds every weight: those that its encoder started from are not fetched again.
     restored = _option(args, "--ckpt_path") if args[0] != "fit" else None
     with _restoring(restored) if restored is not None else nullcontext():
@@ -78,6 +88,8 @@ def run(args: list[str]) -> None:
             saved["data"].factory(args) if "data" in saved else LightningDataModule,
             subclass_mode_model="model" not in saved,
             subclass_mode_data="data" not in saved,
+            trainer_class=Trainer,
+            parser_class=Parser,
             auto_configure_optimizers=False,
             # What is restored has no configuration: a file that named it would let a checkpoint name classes.
             save_config_callback=None if saved else SaveConfigCallback,
@@ -100,6 +112,15 @@ def _restoring(path: str) -> Iterator[None]:
             yield
     except WeightMismatchError as error:
         raise WeightMismatchError(f"'{path}': {error}") from error
+
+
+def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
+    """Whether a callback of ours has anything to do: other modules are not drawn, and some runs shall have no seed."""
+    from lk_backbones.tasks import DetectionTask, Overlays, ReproducibleSteps, SegmentationTask
+
+    if isinstance(callback, Overlays):
+        return isinstance(model, SegmentationTask | DetectionTask)
+    return not (isinstance(callback, ReproducibleSteps) and unseeded and callback.seed is None)
 
 
 def _say_where(trainer: Any) -> None:
