@@ -180,16 +180,17 @@ class SyntheticScenesDataModule(SegmentationDataModule):
         seed: int | None = None,
         pin_memory: bool | None = None,
     ):
+        size = (image_size[0], image_size[1])
+        series = _series(train_images, val_images, test_images, size, scene_seed)  # checks them by these names
         super().__init__(
             batch_size=batch_size,
             val_batch_size=val_batch_size,
             num_workers=num_workers,
-            crop_size=(image_size[0], image_size[1]),
+            crop_size=size,
             seed=seed,
             pin_memory=pin_memory,
         )
-        size = (image_size[0], image_size[1])
-        self.series = _series(train_images, val_images, test_images, size, scene_seed)
+        self.series = series
 
     def load_classes(self) -> ClassTable:
         """Returns the 9 classes."""
@@ -244,6 +245,8 @@ class SyntheticScenesDetectionDataModule(DetectionDataModule):
         seed: int | None = None,
         pin_memory: bool | None = None,
     ):
+        size = (image_size[0], image_size[1])
+        series = _series(train_images, val_images, test_images, size, scene_seed)  # checks them by these names
         super().__init__(
             batch_size=batch_size,
             val_batch_size=val_batch_size,
@@ -252,8 +255,7 @@ class SyntheticScenesDetectionDataModule(DetectionDataModule):
             pin_memory=pin_memory,
             group_by_aspect=False,
         )
-        size = (image_size[0], image_size[1])
-        self.series = _series(train_images, val_images, test_images, size, scene_seed)
+        self.series = series
 
     def load_classes(self) -> ClassTable:
         """Returns the 5 classes."""
