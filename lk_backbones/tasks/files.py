@@ -7,7 +7,7 @@ import secrets
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -46,22 +46,19 @@ def write_atomically(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
 
 
 def _discard(file: IO[bytes], path: Path) -> None:
-    try:
+    with suppress(OSError):
         file.close()  # which writes what is still buffered, and may fail as the writing did
-    except OSError:
-        pass
-    finally:
-        path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems know no such thing; the file itself is written
-    finally:
-        os.close(handle)
+    # Folders that may not be listed, and some network file systems, refuse; the file itself is in place.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class OutputNames:
