@@ -103,6 +103,33 @@ def test_predict_writes_a_label_map_and_an_overlay_of_every_picture(
         assert (out / "overlays" / f"{name}.png").is_file()
 
 
+def test_two_processes_write_about_every_picture_whatever_its_name(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = {"day/a.png": (64, 70), "night/a.png": (64, 75), "night/a.bmp": (64, 80), "night/A.png": (64, 85)}
+    pictures["b.png"] = (64, 90)  # an odd number: the processes do not have equally many
+    for path, size in pictures.items():
+        (tmp_path / "pictures" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (90, 120, 200)).save(tmp_path / "pictures" / path)
+
+    def command(folder: str) -> list[str]:
+        options = ["--overlays.directory", folder, "--trainer.logger", "false", "--data.num_workers", "0"]
+        return ["predict", "--ckpt_path", checkpoint, "--pictures", "pictures", *TINY, *options]
+
+    def written(folder: str) -> dict[str, tuple[int, int]]:
+        maps = {path.name: Image.open(path).size for path in Path(folder, "label_maps").iterdir()}
+        assert sorted(path.name for path in Path(folder, "overlays").iterdir()) == sorted(maps)
+        return maps
+
+    main(command("alone"))
+    assert sorted(written("alone").values()) == sorted(pictures.values())
+    two = [*command("together"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "lk_backbones.cli", *two], check=True, env=env, capture_output=True)
+    assert written("together") == written("alone")
+
+
 def test_detection_runs_like_segmentation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

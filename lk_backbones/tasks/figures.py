@@ -39,8 +39,8 @@ class Figures(ABC):
         self.score_threshold = score_threshold
 
     @abstractmethod
-    def paths(self, batch: Any, batch_idx: int) -> list[str]:
-        """A path or name for every picture of a batch."""
+    def paths(self, batch: Any, unnamed: str) -> list[str]:
+        """A path or name for every picture of a batch; those that have none are numbered after ``unnamed``."""
 
     @abstractmethod
     def compared(self, batch: Any, outputs: Any, i: int, path: str) -> Image.Image:
@@ -67,9 +67,9 @@ def figures_of(task: L.LightningModule, opacity: float, score_threshold: float) 
 class SegmentationFigures(Figures):
     """Label maps over the image, with the classes that occur, most frequent first."""
 
-    def paths(self, batch: Any, batch_idx: int) -> list[str]:
+    def paths(self, batch: Any, unnamed: str) -> list[str]:
         """See `Figures.paths`."""
-        paths = batch.get("path") or [f"batch_{batch_idx}_{i}" for i in range(len(batch["image"]))]
+        paths = batch.get("path") or [f"{unnamed}_{i}" for i in range(len(batch["image"]))]
         return [str(path) for path in paths]
 
     def compared(self, batch: Any, outputs: Any, i: int, path: str) -> Image.Image:
@@ -107,11 +107,11 @@ class SegmentationFigures(Figures):
 class DetectionFigures(Figures):
     """Boxes, masks, class names and scores over the image."""
 
-    def paths(self, batch: Any, batch_idx: int) -> list[str]:
+    def paths(self, batch: Any, unnamed: str) -> list[str]:
         """See `Figures.paths`."""
         if isinstance(batch, dict):
             return [str(path) for path in batch["path"]]
-        return [str(target.get("path", f"batch_{batch_idx}_{i}")) for i, target in enumerate(batch[1])]
+        return [str(target.get("path", f"{unnamed}_{i}")) for i, target in enumerate(batch[1])]
 
     def compared(self, batch: Any, outputs: Any, i: int, path: str) -> Image.Image:
         """See `Figures.compared`."""

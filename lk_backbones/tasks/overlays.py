@@ -1,6 +1,5 @@
 """Pictures of what a task does: for the logger, and into a folder."""
 
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from lk_backbones.tasks.drawing import save_png
 from lk_backbones.tasks.figures import Figures, figures_of
+from lk_backbones.tasks.files import OutputNames
 
 __all__ = ["Overlays"]
 
@@ -51,7 +51,7 @@ class Overlays(L.Callback):
         self.log = log
         self.score_threshold = score_threshold
         self._folder = Path()
-        self._taken: dict[str, str] = {}
+        self._names: dict[str, OutputNames] = {}
 
     @property
     def folder(self) -> Path:
@@ -70,7 +70,7 @@ class Overlays(L.Callback):
         """
         self._figures(pl_module)
         self._folder = self.find_folder(trainer)
-        self._taken.clear()
+        self._names.clear()
 
     def _figures(self, task: L.LightningModule) -> Figures:
         return figures_of(task, self.opacity, self.score_threshold)
@@ -96,8 +96,11 @@ class Overlays(L.Callback):
     ) -> None:
         """Draw every picture of the batch."""
         figures = self._figures(pl_module)
-        for i, path in enumerate(figures.paths(batch, batch_idx)):
-            name = self._unique_name(path)
+        unnamed = f"batch_{batch_idx}" if not dataloader_idx else f"loader_{dataloader_idx}_batch_{batch_idx}"
+        if trainer.world_size > 1:
+            unnamed = f"process_{trainer.global_rank}_{unnamed}"
+        for i, path in enumerate(figures.paths(batch, unnamed)):
+            name = self._name(trainer, path)
             for folder, picture in figures.predicted(batch, outputs, i, path).items():
                 save_png(picture, self._folder / folder / f"{name}.png")
 
@@ -120,20 +123,33 @@ class Overlays(L.Callback):
         if batch_idx not in {i * batches // wanted for i in range(wanted)}:
             return
         figures = self._figures(task)
-        for i, path in enumerate(figures.paths(batch, batch_idx)[:per_batch]):
+        for i, path in enumerate(figures.paths(batch, f"batch_{batch_idx}")[:per_batch]):
             figure = figures.compared(batch, outputs, i, path)
-            name = self._unique_name(path)
+            name = self._name(trainer, path)
             save_png(figure, self._folder / folder / f"{name}.png")
             if self.log:
                 _log_picture(trainer, f"{folder.split('/')[0]}/{name}", figure)
 
-    def _unique_name(self, path: str) -> str:
-        """The picture's file name without suffix; with its folder's name or a number if another one has it already."""
-        stem, parent = Path(path).stem, Path(path).parent.name
-        for name in chain([stem, f"{parent}_{stem}"], (f"{parent}_{stem}_{i}" for i in count(2))):
-            if self._taken.setdefault(name, path) == path:
-                return name
-        raise AssertionError("unreachable: the numbers do not end")
+    def _name(self, trainer: L.Trainer, path: str) -> str:
+        """The name for the pictures of a picture, among all pictures of the stage, whichever process they are in."""
+        stage = str(trainer.state.stage)
+        if stage not in self._names:
+            self._names[stage] = OutputNames(_all_paths(trainer), alone=trainer.world_size == 1)
+        return self._names[stage][path]
+
+
+def _all_paths(trainer: L.Trainer) -> list[str]:
+    """Paths of all pictures of the running stage, as far as its data sets tell by a method ``path(index)``."""
+    if trainer.predicting:
+        loaders = trainer.predict_dataloaders
+    else:
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    paths: list[str] = []
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        dataset: Any = getattr(loader, "dataset", None)
+        if callable(getattr(dataset, "path", None)) and hasattr(dataset, "__len__"):
+            paths += [str(dataset.path(i)) for i in range(len(dataset))]
+    return paths
 
 
 def _log_picture(trainer: L.Trainer, tag: str, figure: Image.Image) -> None:
