@@ -86,8 +86,8 @@ def resolve_encoder(
         What to give to smp, and what to load afterwards.
 
     Raises:
-        ValueError: If the encoder or its weights are unknown, or keyword arguments are given for an encoder of smp's
-            own.
+        ValueError: If the encoder or its weights are unknown, keyword arguments are given for an encoder of smp's own
+            or say where weights lie, or an encoder without its weights is to come from a repository or folder.
         FileNotFoundError: If a weight file or folder does not exist.
     """
     kwargs = dict(kwargs or {})

@@ -238,6 +238,8 @@ def _check_tensor(tensor: torch.Tensor, key: str, file: Path) -> None:
         kind = f"a {type(tensor).__name__}"
     elif tensor.is_quantized:
         kind = "quantised"
+    elif tensor.is_nested:
+        kind = "nested"
     elif tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.")
     elif tensor.is_meta:

@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "all NaN": (floats(lambda v: v * float("nan")), "holds NaN or infinity and"),
     "sparse": (one(lambda v: v.to_sparse()), f"'{KEY}' is sparse_coo"),
     "sparse rows": (one(lambda v: v.flatten(1).to_sparse_csr()), f"'{KEY}' is sparse_csr"),
-    "nested": (one(lambda v: torch.nested.nested_tensor([v[0], v[1]])), "asks for torch._utils._rebuild_nested_tensor"),
+    "nested": (one(lambda v: torch.nested.nested_tensor([v[0], v[1]])), "nested"),
     "without values": (one(lambda v: v.to("meta")), f"'{KEY}' is without values"),
     "quantised": (one(lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), f"'{KEY}' is quantised"),
     "a number repeated": (one(lambda v: torch.zeros(1, 1, 1, 1).expand(v.shape)), f"'{KEY}' is of shape (8, 3, 3, 3)"),
@@ -87,6 +87,8 @@ def test_what_is_no_weight_is_named(
 
 @pytest.mark.parametrize("kind", ["int8", "bool", "complex", "float8", "NaN", "infinity", "too large for float32"])
 def test_the_same_as_safetensors(kind: str, state: dict[str, Any], workspace: Path, refused: Refused) -> None:
+    if kind == "complex":
+        pytest.importorskip("safetensors", minversion="0.7")  # the first that knows them
     change, name = KINDS[kind]
     save_file({key: value.contiguous() for key, value in change(state).items()}, "weights.safetensors")
     refused([*CONVERT, "weights.safetensors"], "weights.safetensors", name)

@@ -79,7 +79,7 @@ def test_every_tensor_is_accounted_for_once(family: str, tmp_path: Path) -> None
             assert torch.equal(model.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("family", ["convnext, authors'", "resnet", "replknet", "efficientnet"])
+@pytest.mark.parametrize("family", ["convnext with convolutions, authors'", "resnet", "replknet", "efficientnet"])
 def test_an_encoder_skips_the_classifier_only(family: str, tmp_path: Path) -> None:
     name, arguments, naming, _ = FAMILIES[family]
     source = timm.create_model(name, num_classes=7, **arguments)
