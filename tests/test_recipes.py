@@ -81,6 +81,18 @@ def test_published_recipes_see_the_published_number_of_samples(path: Path) -> No
     assert milestones == {36: [27, 33], 24: [16, 22], 12: [8, 11]}[trainer["max_epochs"]]
 
 
+@pytest.mark.parametrize("path", [p for p in PUBLISHED if p.parent.name != "coco"], ids=name)
+def test_published_recipes_and_defaults_have_the_published_scales(path: Path) -> None:
+    """Of the configurations in RepLKNet-pytorch: all of ADE20K, at crops of 640 too, and Cityscapes at crops of 769."""
+    config = read(path)["data"]
+    module = getattr(lk_backbones.data, config["class_path"])
+    published = {"ade20k": (2048, 512), "cityscapes": (2049, 1025)}[path.parent.name]
+    for data in (module(**config["init_args"]), module()):
+        assert tuple(data.base_size) == tuple(data.test_size) == published
+        assert tuple(data.scale_range) == (0.5, 2.0)
+        assert data.cat_max_ratio == 0.75
+
+
 @pytest.mark.parametrize("path", PUBLISHED, ids=name)
 def test_published_recipes_have_the_published_size(path: Path) -> None:
     text = path.read_text()

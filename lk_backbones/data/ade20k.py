@@ -21,7 +21,8 @@ class ADE20KDataModule(SegmentationDataModule):
     first is kept. Training uses the 20210 training images; validation, test and prediction the 2000 validation images.
 
     Defaults are those of the published 512 models: pictures are fitted into 2048 × 512 before the random ratio, and for
-    evaluation. For the 640 models set ``crop_size=640``, ``base_size=(2560, 640)`` and ``test_size=(2560, 640)``.
+    evaluation. The 640 models of RepLKNet differ in ``crop_size=640`` only; those of UniRepLKNet were also trained and
+    tested with ``base_size=(2560, 640)`` and ``test_size=(2560, 640)``.
 
     Args:
         root: Folder with ``images/`` and ``annotations/``.

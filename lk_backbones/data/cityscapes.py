@@ -23,20 +23,30 @@ class CityscapesDataModule(SegmentationDataModule):
     validation and test the 500 validation images (the labels of the test images are not public), prediction the test
     images if they are there.
 
-    Defaults are those of the published RepLKNet-31B (UPerNet, crops of 769, whole images in the test). The published
-    batch is 64 crops over all GPUs.
+    Defaults are those of the published RepLKNet-31B (UPerNet): crops of 769, and pictures fitted into 2049 × 1025, a
+    pixel more than they have, before the random ratio and for evaluation, which takes them whole. The published batch
+    is 64 crops over all GPUs. With ``base_size=None`` and ``test_size=None`` pictures keep their own size; smaller
+    copies of the data set need that.
 
     Args:
         root: Folder with ``leftImg8bit/`` and ``gtFine/``.
         batch_size: Training crops per device.
         crop_size: ``(height, width)`` of training crops, or one number for both.
+        base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1. None: their own size.
+        test_size: ``(long side, short side)`` that pictures are fitted into for evaluation. None: as they are.
         **kwargs: See :class:`SegmentationDataModule`.
     """
 
     def __init__(
-        self, root: str = "data/cityscapes", batch_size: int = 8, crop_size: int | tuple[int, int] = 769, **kwargs: Any
+        self,
+        root: str = "data/cityscapes",
+        batch_size: int = 8,
+        crop_size: int | tuple[int, int] = 769,
+        base_size: tuple[int, int] | None = (2049, 1025),
+        test_size: tuple[int, int] | None = (2049, 1025),
+        **kwargs: Any,
     ):
-        super().__init__(batch_size=batch_size, crop_size=crop_size, **kwargs)
+        super().__init__(batch_size=batch_size, crop_size=crop_size, base_size=base_size, test_size=test_size, **kwargs)
         self.root = Path(root)
 
     def load_classes(self) -> ClassTable:

@@ -2,9 +2,12 @@
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -20,6 +23,10 @@ MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 _EXIF_ORIENTATION = 0x0112
+
+# What a PNG file may hold beside its pixels without being more than a plain one: nothing that changes a pixel or turns
+# the picture. Texts may hold an orientation; see _is_plain_png.
+_PLAIN_CHUNKS = frozenset(b"IHDR IDAT IEND pHYs tIME gAMA cHRM sRGB iCCP tEXt zTXt iTXt".split())
 
 
 def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
@@ -78,21 +85,84 @@ def read_image(path: Path, turn: bool = True) -> np.ndarray:
         ValueError: The file is corrupt, cut off or no picture.
     """
     try:
+        plain = _read_plain_png(path)
+        if plain is not None:
+            return plain if plain.ndim == 3 else cv2.cvtColor(plain, cv2.COLOR_GRAY2RGB)
         with Image.open(path) as image:
             image.load()
             if turn:
-                image = ImageOps.exif_transpose(image)
+                image = _turned(image)
             if image.mode.startswith("I"):
                 image = _from_integers(path, np.asarray(image))
             elif image.mode == "F":
                 image = _from_floats(path, np.asarray(image))
             elif image.mode in ("P", "PA"):
                 image = image.convert("RGBA")  # Pillow resolves palettes with transparency only this way
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"The image {path} does not exist.") from None
     except _READ_ERRORS as error:
         raise _unreadable(path, error) from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Turns a picture as its EXIF orientation says; one that is upright is not copied."""
+    upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+    return image if upright else ImageOps.exif_transpose(image)
+
+
+def _read_plain_png(path: Path, grey: bool = False) -> np.ndarray | None:
+    """Reads a PNG file of the usual kind with OpenCV, which takes three quarters of Pillow's time.
+
+    Usual are 8 bits of grey or RGB, without transparency and orientation, and without damage: OpenCV takes some damaged
+    files for whole ones, and says nothing of what is wrong with others.
+
+    Args:
+        path: The file.
+        grey: Read only grey ones.
+
+    Returns:
+        uint8 array, grey `(H, W)` or RGB `(H, W, 3)`; None leaves the file to Pillow.
+    """
+    with open(path, "rb") as file:
+        header = file.read(33)
+        if len(header) < 33 or header[:8] != b"\x89PNG\r\n\x1a\n":
+            return None
+        _, kind, width, height, bits, colour, *_, interlaced = struct.unpack_from(">I4sIIBBBBB", header, 8)
+        if kind != b"IHDR" or bits != 8 or colour not in ((0,) if grey else (0, 2)) or interlaced:
+            return None
+        if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 2**30):  # Pillow warns of more, and refuses much more
+            return None
+        content = header + file.read()
+    if not _is_plain_png(content):
+        return None
+    flags = cv2.IMREAD_GRAYSCALE if colour == 0 else cv2.IMREAD_COLOR
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+    if pixels is None or pixels.shape[:2] != (height, width):
+        return None
+    return pixels if colour == 0 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+
+
+def _is_plain_png(content: bytes) -> bool:
+    """Whether all chunks of a PNG file are there, undamaged, and of the plain kinds."""
+    view, place = memoryview(content), 8
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 12 + length
+        if kind not in _PLAIN_CHUNKS or end > len(content):
+            return False
+        data = view[place + 4 : end - 4]
+        if zlib.crc32(data) != int.from_bytes(view[end - 4 : end], "big"):
+            return False
+        if bytes(data[4:16]).startswith((b"Raw profile", b"XML:")) and kind in (b"tEXt", b"zTXt", b"iTXt"):
+            return False  # EXIF data or XMP, in which an orientation may be
+        if kind == b"IEND":
+            return True
+        place = end
+    return False
 
 
 def _from_integers(path: Path, values: np.ndarray) -> Image.Image:
@@ -123,10 +193,13 @@ def read_labels(path: Path) -> np.ndarray:
         ValueError: The file is corrupt, or is a colour picture and not a label map.
     """
     try:
+        plain = _read_plain_png(path, grey=True)
+        if plain is not None:
+            return plain
         with Image.open(path) as image:
             mode = image.mode
             image.load()
-            labels = np.array(ImageOps.exif_transpose(image))
+            labels = np.array(_turned(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"The mask {path} does not exist.") from None
     except _READ_ERRORS as error:
@@ -168,9 +241,14 @@ def labels_to_classes(path: Path, labels: np.ndarray, table: ClassTable, lookup:
     Raises:
         ValueError: A value belongs to no class.
     """
-    inside = labels if labels.dtype == np.uint8 else np.clip(labels, 0, len(lookup) - 1)
-    classes = lookup[inside]
-    unknown = (classes < 0) if inside is labels else ((classes < 0) | (inside != labels))
+    if labels.dtype == np.uint8:  # by far the most common, and the tables of OpenCV are much faster than NumPy's
+        table_of_bytes = lookup[:256]
+        classes = cv2.LUT(labels, table_of_bytes.astype(np.uint8))
+        unknown = cv2.LUT(labels, (table_of_bytes < 0).astype(np.uint8)).view(bool)
+    else:
+        inside = np.clip(labels, 0, len(lookup) - 1)
+        found = lookup[inside]
+        classes, unknown = found.astype(np.uint8), (found < 0) | (inside != labels)
     if unknown.any():
         values, counts = np.unique(labels[unknown], return_counts=True)
         shown = ", ".join(f"{value} ({count} pixels)" for value, count in zip(values[:5], counts[:5], strict=True))
@@ -179,4 +257,4 @@ def labels_to_classes(path: Path, labels: np.ndarray, table: ClassTable, lookup:
             f"The mask {path} has labels that belong to no class: {shown}{more}. "
             f"Labels may be {table.describe_labels()}. Correct the mask, or add the class to the classes file."
         )
-    return classes.astype(np.uint8)
+    return classes

@@ -188,6 +188,22 @@ class RandomCropMaxRatio(Crop):
         return bool(np.count_nonzero(counts) > 1 and counts.max() < self.cat_max_ratio * counts.sum())
 
 
+class PadToCrop(A.PadIfNeeded):
+    """Pads what is smaller than the crop; what is as large is not copied, as albumentations would."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        """Pads the picture."""
+        return super().apply(img, **params) if _is_padded(params) else img
+
+    def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:
+        """Pads the mask."""
+        return super().apply_to_mask(mask, **params) if _is_padded(params) else mask
+
+
+def _is_padded(params: dict[str, Any]) -> bool:
+    return any(params[f"pad_{side}"] for side in ("top", "bottom", "left", "right"))
+
+
 def photometric_distortion() -> list[A.BasicTransform]:
     """Returns mmsegmentation's ``PhotoMetricDistortion`` with its default strengths, composed from albumentations.
 
@@ -242,7 +258,7 @@ def train_transform(
             *photometric_distortion(),
             A.ToFloat(max_value=255),
             # After the step to float32: the fill colour would be rounded otherwise.
-            A.PadIfNeeded(*crop_size, position="top_left", fill=image_fill, fill_mask=ignore_index),
+            PadToCrop(*crop_size, position="top_left", fill=image_fill, fill_mask=ignore_index),
             ToTensorV2(),
         ]
     )

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.reading import (
@@ -177,3 +181,127 @@ def test_files_are_found_in_any_depth(tmp_path: Path) -> None:
     (linked / "4.png").touch()
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path, [".png", ".jpg"])]
     assert found == ["2.png", "10.PNG", "deep/er/1.jpg", "deep/link/4.png", "else/4.png"]
+
+
+# --- PNG files that OpenCV reads ------------------------------------------------------------------------------------
+
+SMOOTH = np.add.outer(np.arange(41), np.arange(67)).astype(np.uint8)
+PLAIN = {"L": SMOOTH, "RGB": np.stack([SMOOTH, SMOOTH[::-1], 255 - SMOOTH], axis=2)}
+
+
+def chunks_of(content: bytes) -> list[tuple[bytes, bytes]]:
+    chunks, place = [], 8
+    while place < len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        chunks.append((kind, content[place + 8 : place + 8 + length]))
+        place += 12 + length
+    return chunks
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def interlaced(pixels: np.ndarray) -> bytes:
+    """A PNG file of grey or RGB pixels in the seven passes of Adam7."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [b"\0" + row.tobytes() for top, left, dy, dx in passes for row in pixels[top::dy, left::dx]]
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 1)
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")])
+
+
+@pytest.mark.parametrize("mode", PLAIN)
+def test_plain_png_files_do_not_take_the_slow_way(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ä b.png"
+    text = PngInfo()
+    text.add_text("Comment", "of no importance")
+    Image.fromarray(PLAIN[mode]).save(path, pnginfo=text, dpi=(72, 72))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("read by Pillow"))
+    image = read_image(path)
+    assert np.array_equal(image, np.broadcast_to(PLAIN[mode].reshape(41, 67, -1), (41, 67, 3)))
+    assert image.flags.writeable
+    assert image.flags.c_contiguous
+    if mode == "L":
+        assert np.array_equal(read_labels(path), SMOOTH)
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["exif", "xmp", "transparent", "interlaced", "interlaced grey", "trailing bytes"])
+def test_other_png_files_are_read_as_pillow_reads_them(tmp_path: Path, kind: str) -> None:
+    path, image = tmp_path / "a.png", Image.fromarray(PLAIN["RGB"])
+    expected = PLAIN["RGB"]
+    if kind == "exif":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+        expected = np.rot90(expected, -1)
+    elif kind == "xmp":
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", XMP)
+        image.save(path, pnginfo=text)
+        with Image.open(path) as stored:
+            turned = stored.getexif().get(0x0112, 1) == 6  # newer releases of Pillow look into XMP
+        expected = np.rot90(expected, -1) if turned else expected
+    elif kind == "transparent":
+        image.save(path, transparency=tuple(int(v) for v in PLAIN["RGB"][0, 0]))
+    elif kind == "trailing bytes":
+        image.save(path)
+        path.write_bytes(path.read_bytes() + bytes(100))
+    else:
+        grey = kind.endswith("grey")
+        path.write_bytes(interlaced(SMOOTH if grey else expected))
+        if grey:
+            assert np.array_equal(read_labels(path), SMOOTH)
+            expected = np.repeat(SMOOTH[..., None], 3, 2)
+    assert np.array_equal(read_image(path), expected)
+
+
+def by_pillow(path: Path) -> np.ndarray | None:
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+@pytest.mark.parametrize("mode", PLAIN)
+def test_damaged_png_files_are_judged_as_ever(tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(PLAIN[mode]).save(path)
+    content = path.read_bytes()
+    chunks = chunks_of(content)
+    pixels = zlib.decompress(b"".join(data for kind, data in chunks if kind == b"IDAT"))
+    header = chunks[0][1]
+    rng = np.random.default_rng(0)
+    damaged = [content[: int(cut)] for cut in rng.integers(0, len(content), 40)]
+    for place in rng.integers(8, len(content), 60):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(flipped))
+    usual = len(damaged)
+    # whole chunks, checksums and all, that do not hold what they should
+    for rows in (pixels[: len(pixels) // 2], b"", b"\x09" + pixels[1:]):
+        damaged.append(png_of([chunks[0], (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]))
+    damaged.append(png_of([chunks[0], (b"IDAT", zlib.compress(pixels)[:50]), (b"IEND", b"")]))
+    damaged.append(png_of([chunks[0], (b"IEND", b"")]))
+    damaged.append(png_of([(b"IHDR", bytes(8) + header[8:]), *chunks[1:]]))
+    damaged.append(png_of([(b"IHDR", struct.pack(">II", 70000, 70000) + header[8:]), *chunks[1:]]))
+    refused = 0
+    for i, data in enumerate(damaged):
+        if i == usual:
+            assert capfd.readouterr().err == ""  # OpenCV sees, and complains of, nothing that is cut or flipped
+        path.write_bytes(data)
+        expected = by_pillow(path)
+        if expected is None:
+            refused += 1
+            with pytest.raises(ValueError, match=rf"{re.escape(str(path))} cannot be read as a picture"):
+                read_image(path)
+        else:
+            assert np.array_equal(read_image(path), expected)
+    assert refused > 75
