@@ -144,8 +144,8 @@ class CocoDataset(DetectionDataset):
     def check(self, level: CheckLevel) -> None:
         """Looks for all files; ``"headers"`` also at their sizes, ``"full"`` at every pixel and mask.
 
-        ``"auto"`` is full up to 1000 pictures, and beyond looks only for the files. Where pictures that cannot be read
-        are skipped, none is read here.
+        ``"auto"`` is full up to 1000 pictures, and beyond looks only for the files. Pictures that cannot be read are no
+        error where they are skipped.
 
         Raises:
             FileNotFoundError: A picture is missing.
@@ -160,18 +160,25 @@ class CocoDataset(DetectionDataset):
                 f"{len(missing)} of the {len(images)} images of {self.file.path} are not in {self.folder}, first "
                 f"{missing[0].file_name} (image {missing[0].id}). Is it the right folder?"
             )
-        if self.skip_unreadable:
-            return
         if level == "full" or (level == "auto" and len(self) <= FULL_CHECK_LIMIT):
             for_all(self._check_sample, range(len(self)), "Checking images and annotations")
         elif level == "headers":
             for_all(self._check_header, images, "Checking image sizes")
 
     def _check_sample(self, index: int) -> None:
-        self.load(index)  # and nothing is kept
+        try:
+            self.load(index)
+        except UnreadablePicture:
+            if not self.skip_unreadable:
+                raise
 
     def _check_header(self, image: CocoImage) -> None:
-        size = image_size(self.folder / image.file_name)
+        try:
+            size = image_size(self.folder / image.file_name)
+        except ValueError:
+            if self.skip_unreadable:
+                return
+            raise
         if sorted(size) != sorted((image.height, image.width)):  # which of the two may depend on the EXIF data
             self._require_size(self.folder / image.file_name, image, size)
 

@@ -10,6 +10,9 @@ from typing import Any, BinaryIO
 #: Bytes that are read at a time.
 _WINDOW = 1 << 22
 
+# Characters that may follow a number and belong to it, where the window ends behind them: "e+" and the like.
+_LONGEST_REST = 3
+
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -53,7 +56,7 @@ class JsonStream:
                 if self._more():  # it may only be cut off
                     continue
                 raise ValueError(f"{error.msg} at character {self._before + error.pos}") from None
-            if end == len(self._text) and self._more():  # a number may go on
+            if end > len(self._text) - _LONGEST_REST and self._more():
                 continue
             self._at = end
             return value
@@ -81,13 +84,16 @@ class JsonStream:
             self._take("]")
             return
         while True:
-            try:  # the whole element is in the window, as nearly always: this loop takes the time
+            try:  # this loop takes the time, and the whole element is nearly always in the window
                 value, end = self._parse(self._text, self._at)
                 mark = self._text[end]
             except (JSONDecodeError, IndexError):
                 value, mark = self.value(), self.peek()
             else:
-                self._at = end
+                if mark in ".eE":  # of a number that is cut off
+                    value, mark = self.value(), self.peek()
+                else:
+                    self._at = end
             batch.append(value)
             if mark != ",":
                 mark = self.peek()
@@ -124,9 +130,12 @@ class JsonStream:
         self._at += 1
 
     def _more(self) -> bool:
-        """Moves the window on: what is not yet read stays, and at least as much again is read."""
-        rest = self._text[self._at :]
-        piece = self._file.read(max(_WINDOW, len(rest)))
+        """Moves the window on: what is not yet read stays, and at least as much again is read, if there is any."""
+        rest = len(self._text) - self._at
+        piece = self._file.read(max(_WINDOW, rest))
+        text = self._decoder.decode(piece, final=not piece)
+        if not piece:
+            return False
         self._before += self._at
-        self._text, self._at = rest + self._decoder.decode(piece, final=not piece), 0
-        return bool(piece)
+        self._text, self._at = self._text[self._at :] + text, 0
+        return True

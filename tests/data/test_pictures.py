@@ -21,7 +21,8 @@ def test_all_pictures_in_natural_order(tmp_path: Path) -> None:
     batches = list(data.predict_dataloader())
     names = [Path(path).relative_to(tmp_path).as_posix() for batch in batches for path in batch["path"]]
     assert names == ["frame9.jpg", "frame10.png", "grey.png", "later/frame1.bmp"]
-    assert set(batches[0]) == {"image", "path", "original_size"}
+    assert set(batches[0]) == {"image", "path", "original_size", "image_id"}
+    assert [number for batch in batches for number in batch["image_id"]] == [1, 2, 3, 4]
     assert batches[2]["original_size"] == [(5, 7)]
     assert torch.equal(batches[2]["image"], torch.full((1, 3, 5, 7), 0.2))
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "frame10.png"))).permute(2, 0, 1)
