@@ -1,8 +1,8 @@
 """Structural re-parameterisation: train with parallel branches and norms, deploy one convolution.
 
 Every foldable module here has ``reparameterize()``, the hook that ``timm.utils.reparameterize_model`` calls, so timm's
-function and :func:`reparameterize` below do the same. A fold computes in float64 and never changes the function that
-the module computes in ``eval()`` mode.
+function and :func:`reparameterize` below do the same. A fold computes in float64, on the CPU whatever the device, and
+never changes the function that the module computes in ``eval()`` mode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from timm.layers import create_act_layer
 from timm.utils.model import reparameterize_model
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d
-from lk_backbones.layers.packed import fuses, pack
+from lk_backbones.layers.packed import fuses, pack, unpack
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import to_preferred_memory_format
 
@@ -37,12 +37,18 @@ torch.fx.wrap("to_preferred_memory_format")
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on the CPU: some accelerators (Apple's) have no float64."""
+    tensor = tensor.detach()
+    return (tensor if tensor.is_meta else tensor.cpu()).double()
+
+
 def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift, float64 ``(C,)``, of a batch norm (of any class: plain, synchronised, frozen) in ``eval()``."""
     weight, bias, mean, variance = (
-        getattr(norm, name).detach().double() for name in ("weight", "bias", "running_mean", "running_var")
+        _exact(getattr(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")
     )
-    scale = weight / (variance + norm.eps).sqrt()
+    scale = weight / (variance + cast(float, norm.eps)).sqrt()
     return scale, bias - mean * scale
 
 
@@ -50,13 +56,14 @@ def _set_folded(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> No
     """Replace the parameters of ``conv`` by folded ones, keeping its dtype, device and memory format."""
     like = conv.weight
     requires_grad = like.requires_grad
-    conv.weight = nn.Parameter(weight.to(like.dtype), requires_grad=requires_grad)
-    conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
+    # The dtype first: the device may not have the one that they were computed in.
+    conv.weight = nn.Parameter(weight.to(like.dtype).to(like.device), requires_grad=requires_grad)
+    conv.bias = nn.Parameter(bias.to(like.dtype).to(like.device), requires_grad=requires_grad)
 
 
 def _weight_and_bias(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    weight = _exact(conv.weight)
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else _exact(conv.bias)
     return weight, bias
 
 
@@ -139,7 +146,7 @@ class ConvNorm(nn.Module):
             dtype=dtype,
         )
         self.bn: nn.Module = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
-        self.act = nn.Identity() if act_layer is None else create_act_layer(act_layer, inplace=True)
+        self.act = nn.Identity() if act_layer is None else create_act_layer(act_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
@@ -157,6 +164,12 @@ class ConvNorm(nn.Module):
         fused = fuses(self.act)
         if pack(self.conv, self.act if fused else None) and fused:
             self.act = nn.Identity()
+
+    def unpack(self) -> None:
+        """Undo the packing, not the folding, of :meth:`prepack`, in place."""
+        act = unpack(self.conv)
+        if not isinstance(act, nn.Identity):
+            self.act = act
 
 
 class InputConvNorm(ConvNorm):
@@ -219,7 +232,7 @@ class ReparamLargeKernelConv2d(nn.Module):
         """Map ``(N, channels, H, W)`` to the same shape."""
         out = self.large(x)
         if self.small is not None:
-            out += self.small(x)  # nothing needs a norm's output for its gradient
+            out = out + self.small(x)
         return out
 
     def reparameterize(self) -> None:
