@@ -55,7 +55,7 @@ class RepLKBlock(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
         self.pw1 = ConvNorm(channels, depthwise_channels, 1, act_layer=nn.ReLU, **dd)
         self.large_kernel = ReparamLargeKernelConv2d(depthwise_channels, kernel_size, small_kernel, dilation, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
         self.pw2 = ConvNorm(depthwise_channels, channels, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
