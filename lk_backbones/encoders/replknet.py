@@ -15,12 +15,19 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import ClassifierHead, DropPath, create_act_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 
 from lk_backbones.encoders.registry import register_encoder
-from lk_backbones.layers.reparam import ConvNorm, InputConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
+from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
+from lk_backbones.layers.reparam import (
+    ConvNorm,
+    InputConvNorm,
+    ReparamLargeKernelConv2d,
+    fold_norm_into_next,
+    is_foldable,
+)
 
 __all__ = ["RepLKNet"]
 
@@ -35,6 +42,8 @@ class RepLKBlock(nn.Module):
         small_kernel: Odd size of the parallel kernel, or ``None``.
         dilation: Distance between the taps of the depthwise kernels, in pixels.
         drop_path: Probability of dropping the residual branch of a sample in training.
+        act_layer: Class of the activations.
+        norm_layer: Class of the norms, called with the number of channels.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -47,15 +56,18 @@ class RepLKBlock(nn.Module):
         small_kernel: int | None = 5,
         dilation: int = 1,
         drop_path: float = 0.0,
+        act_layer: ActLayer = nn.ReLU,
+        norm_layer: NormLayer = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
-        self.pw1 = ConvNorm(channels, depthwise_channels, 1, act_layer=nn.ReLU, **dd)
+        self.norm: nn.Module = create_norm(norm_layer, channels, device, dtype)
+        dd["norm_layer"] = norm_layer
+        self.pw1 = ConvNorm(channels, depthwise_channels, 1, act_layer=act_layer, **dd)
         self.large_kernel = ReparamLargeKernelConv2d(depthwise_channels, kernel_size, small_kernel, dilation, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act = create_act_layer(act_layer)
         self.pw2 = ConvNorm(depthwise_channels, channels, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -77,6 +89,8 @@ class ConvFFN(nn.Module):
         channels: Channels of input and output, ``(N, channels, H, W)``.
         hidden_channels: Channels between the two convolutions.
         drop_path: Probability of dropping the residual branch of a sample in training.
+        act_layer: Class of the activations.
+        norm_layer: Class of the norms, called with the number of channels.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -86,13 +100,16 @@ class ConvFFN(nn.Module):
         channels: int,
         hidden_channels: int,
         drop_path: float = 0.0,
+        act_layer: ActLayer = nn.GELU,
+        norm_layer: NormLayer = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm: nn.Module = nn.BatchNorm2d(channels, **dd)
-        self.pw1 = ConvNorm(channels, hidden_channels, 1, act_layer=nn.GELU, **dd)
+        self.norm: nn.Module = create_norm(norm_layer, channels, device, dtype)
+        dd["norm_layer"] = norm_layer
+        self.pw1 = ConvNorm(channels, hidden_channels, 1, act_layer=act_layer, **dd)
         self.pw2 = ConvNorm(hidden_channels, channels, 1, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -106,7 +123,7 @@ class ConvFFN(nn.Module):
 
 
 def _fold_leading_norm(block: RepLKBlock | ConvFFN) -> None:
-    if not isinstance(block.norm, nn.Identity):
+    if is_foldable(block.norm):
         block.pw1.reparameterize()
         fold_norm_into_next(block.norm, block.pw1.conv)
         block.norm = nn.Identity()
@@ -127,6 +144,8 @@ class RepLKNetStage(nn.Module):
         dw_ratio: Depthwise channels as a multiple of ``channels``.
         ffn_ratio: Hidden channels of the feed-forward blocks as a multiple of ``channels``.
         drop_path_rates: One rate for each block pair.
+        act_layer: Class of every activation, or ``None`` for ReLU and, in feed-forward blocks, GELU.
+        norm_layer: Class of the norms, called with the number of channels.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -144,18 +163,21 @@ class RepLKNetStage(nn.Module):
         dw_ratio: float = 1.0,
         ffn_ratio: float = 4.0,
         drop_path_rates: Sequence[float] = (),
+        act_layer: ActLayer | None = None,
+        norm_layer: NormLayer = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"norm_layer": norm_layer, "device": device, "dtype": dtype}
+        act = nn.ReLU if act_layer is None else act_layer
         self.grad_checkpointing = False
         self.downsample: nn.Module = nn.Identity()
         if transition:
             self.downsample = nn.Sequential(
-                ConvNorm(in_channels, channels, 1, act_layer=nn.ReLU, **dd),
+                ConvNorm(in_channels, channels, 1, act_layer=act, **dd),
                 ConvNorm(
-                    channels, channels, 3, stride=stride, dilation=dilation[0], groups=channels, act_layer=nn.ReLU, **dd
+                    channels, channels, 3, stride=stride, dilation=dilation[0], groups=channels, act_layer=act, **dd
                 ),
             )
         blocks: list[nn.Module] = []
@@ -168,10 +190,12 @@ class RepLKNetStage(nn.Module):
                     small_kernel,
                     dilation=dilation[1],
                     drop_path=drop_path,
+                    act_layer=act,
                     **dd,
                 )
             )
-            blocks.append(ConvFFN(channels, int(channels * ffn_ratio), drop_path=drop_path, **dd))
+            ffn_act = nn.GELU if act_layer is None else act_layer
+            blocks.append(ConvFFN(channels, int(channels * ffn_ratio), drop_path=drop_path, act_layer=ffn_act, **dd))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,11 +231,16 @@ class RepLKNet(nn.Module):
             their own, as XL's do in dense tasks (it touches only what is returned, not what flows on).
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth; grows linearly from 0 at the first block pair to this at the last.
+        act_layer: Class or timm name of every activation; ``None`` for the published ones, ReLU and, in feed-forward
+            blocks, GELU.
+        norm_layer: Class or timm name of every norm, ``None`` for the published batch norms.
+            `lk_backbones.reparameterize` folds batch norms, also frozen and synchronised ones; others it leaves.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``output_stride``, a kernel size or the number of stages makes no sense.
+        ValueError: If ``output_stride``, a kernel size or the number of stages makes no sense, or timm knows no such
+            activation or norm.
     """
 
     def __init__(
@@ -229,11 +258,15 @@ class RepLKNet(nn.Module):
         norm_features: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        act_layer: ActLayer | None = None,
+        norm_layer: str | NormLayer | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer = nn.BatchNorm2d if norm_layer is None else find_norm(norm_layer)
+        act_layer = None if act_layer is None else find_act(act_layer)
+        dd: dict[str, Any] = {"norm_layer": norm_layer, "device": device, "dtype": dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         if isinstance(kernel_sizes, int):
@@ -248,11 +281,12 @@ class RepLKNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         width = channels[0]
+        act = nn.ReLU if act_layer is None else act_layer
         self.stem = nn.Sequential(
-            InputConvNorm(in_chans, width, 3, stride=2, act_layer=nn.ReLU, **dd),
-            ConvNorm(width, width, 3, groups=width, act_layer=nn.ReLU, **dd),
-            ConvNorm(width, width, 1, act_layer=nn.ReLU, **dd),
-            ConvNorm(width, width, 3, stride=2, groups=width, act_layer=nn.ReLU, **dd),
+            InputConvNorm(in_chans, width, 3, stride=2, act_layer=act, **dd),
+            ConvNorm(width, width, 3, groups=width, act_layer=act, **dd),
+            ConvNorm(width, width, 1, act_layer=act, **dd),
+            ConvNorm(width, width, 3, stride=2, groups=width, act_layer=act, **dd),
         )
         self.feature_info = [{"num_chs": width, "reduction": 2, "module": "stem.2"}]
 
@@ -278,6 +312,7 @@ class RepLKNet(nn.Module):
                     dw_ratio=dw_ratio,
                     ffn_ratio=ffn_ratio,
                     drop_path_rates=[drop_path_rate * k / max(total_depth - 1, 1) for k in range(block, block + depth)],
+                    act_layer=act_layer,
                     **dd,
                 )
             )
@@ -285,11 +320,14 @@ class RepLKNet(nn.Module):
             in_channels = channels[i]
             block += depth
         self.stages = nn.Sequential(*stages)
-        self.feature_norms = nn.ModuleList(nn.BatchNorm2d(c, **dd) for c in channels) if norm_features else None
+        self.feature_norms = None
+        if norm_features:
+            self.feature_norms = nn.ModuleList(create_norm(norm_layer, c, device, dtype) for c in channels)
 
         self.num_features = self.head_hidden_size = in_channels
-        self.norm: nn.Module = nn.BatchNorm2d(in_channels, **dd)
-        self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **_given(dd))
+        self.norm: nn.Module = create_norm(norm_layer, in_channels, device, dtype)
+        factory = _given({"device": device, "dtype": dtype})
+        self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 smp also reaches them, as any timm model, under ``tu-<name>``. Both names build the same modules; only the ``tu-`` name
 passes keyword arguments on to the encoder (``smp.Unet("tu-replknet_31b", drop_path_rate=0.3)``), because smp drops
-them for encoders of its own.
+them for encoders of its own; ours then warn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
@@ -36,6 +40,7 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
     """
 
     def __init__(self, name: str, depth: int = 5, output_stride: int = 32) -> None:
+        _warn_of_dropped_arguments(name)
         # Input channels other than 3 are patched in by smp afterwards, through EncoderMixin.
         super().__init__(name, pretrained=False, depth=depth, output_stride=output_stride)
 
@@ -72,6 +77,24 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
             for key, value in state_dict.items()
             if key not in unused and not (key.startswith(f"{classifier}.") and key not in names)
         }
+
+
+def _warn_of_dropped_arguments(name: str) -> None:
+    """Warn if smp's ``get_encoder``, which is building the encoder, was given arguments that it passes on to nobody.
+
+    It calls the encoder's class without a trace of them, so that its own frame is the only place to see them.
+    """
+    caller = sys._getframe(2)
+    if caller.f_code is not getattr(smp.encoders.get_encoder, "__code__", None):
+        return
+    dropped = caller.f_locals.get("kwargs")
+    if dropped:
+        listed = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
+        warnings.warn(
+            f"segmentation-models-pytorch drops {listed}: it passes arguments on only to encoders under a universal "
+            f"name, here 'tu-{name}'",
+            stacklevel=3,
+        )
 
 
 class _PretrainedSettings(Mapping[str, dict[str, Any]]):
@@ -142,6 +165,33 @@ class _RepositorySettings(dict[str, Any]):
         )
 
 
+def _preprocessing(name: str, pretrained: str) -> dict[str, Any]:
+    """What `smp.encoders.get_preprocessing_params` returns, from timm's configuration of the weights."""
+    config: Any = timm.get_pretrained_cfg(name if pretrained == "imagenet" else f"{name}.{pretrained}")
+    return {"input_space": "RGB", "input_range": [0, 1], "mean": list(config.mean), "std": list(config.std)}
+
+
+def _answer_for_ours(params: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """smp's ``get_preprocessing_params``, but what timm knows of our encoders is not looked for on the Hub.
+
+    Args:
+        params: smp's function, which asks the Hub for any encoder but a ``tu-`` one.
+
+    Returns:
+        A function that does the same for all encoders but ours.
+    """
+
+    @wraps(params)
+    def get_preprocessing_params(encoder_name: str, pretrained: str = "imagenet") -> dict[str, Any]:
+        entry = smp.encoders.encoders.get(encoder_name, {})
+        settings = entry.get("pretrained_settings")
+        if isinstance(settings, _PretrainedSettings) and pretrained in list(settings):
+            return _preprocessing(settings.name, pretrained)
+        return params(encoder_name, pretrained)
+
+    return get_preprocessing_params
+
+
 def register_with_smp() -> None:
     """Add every encoder of `list_encoders` to smp, leaving names that smp already has alone."""
     for name in list_encoders():
@@ -156,3 +206,6 @@ def register_with_smp() -> None:
 
 
 register_with_smp()
+# smp has no place to register such values: it fetches them from the repository of the weights, published or not. Its
+# get_preprocessing_fn calls this one by its name in the module.
+smp.encoders.get_preprocessing_params = _answer_for_ours(smp.encoders.get_preprocessing_params)

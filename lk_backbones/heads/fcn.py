@@ -31,7 +31,11 @@ class FCNHead(nn.Module):
         if num_convs < 1:
             raise ValueError(f"num_convs must be at least 1, got {num_convs}")
         self.convs = nn.Sequential(
-            *(Conv2dNormActivation(in_channels if i == 0 else channels, channels, 3) for i in range(num_convs))
+            *(
+                # In place, the ReLU would change what a hook on the norm has kept.
+                Conv2dNormActivation(in_channels if i == 0 else channels, channels, 3, inplace=False)
+                for i in range(num_convs)
+            )
         )
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)

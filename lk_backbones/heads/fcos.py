@@ -54,7 +54,11 @@ class FCOSHead(nn.Module):
             nn.Sequential(
                 *(
                     Conv2dNormActivation(
-                        channels if i else in_channels, channels, 3, norm_layer=partial(nn.GroupNorm, 32)
+                        channels if i else in_channels,
+                        channels,
+                        3,
+                        norm_layer=partial(nn.GroupNorm, 32),
+                        inplace=False,  # in place, the ReLU would change what a hook on the norm has kept
                     )
                     for i in range(num_convs)
                 )

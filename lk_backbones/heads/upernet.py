@@ -11,6 +11,7 @@ decoder of our own in an otherwise ordinary smp model: every smp encoder works, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -24,6 +25,9 @@ from torchvision.ops import Conv2dNormActivation
 
 __all__ = ["OpenMMLabUPerNet", "UPerNetDecoder", "checkpoint_filter_fn"]
 
+# In place, the ReLU would change what a hook on the norm has kept.
+_ConvNormReLU = partial(Conv2dNormActivation, inplace=False)
+
 
 class PyramidPooling(nn.Module):
     """Average pooling to several grids; each is projected, upsampled and joined with the input by a 3x3 convolution.
@@ -35,10 +39,9 @@ class PyramidPooling(nn.Module):
         super().__init__()
         self.align_corners = align_corners
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), Conv2dNormActivation(in_channels, channels, 1))
-            for scale in pool_scales
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), _ConvNormReLU(in_channels, channels, 1)) for scale in pool_scales
         )
-        self.bottleneck = Conv2dNormActivation(in_channels + len(pool_scales) * channels, channels, 3)
+        self.bottleneck = _ConvNormReLU(in_channels + len(pool_scales) * channels, channels, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled = [x]
@@ -76,9 +79,9 @@ class UPerNetDecoder(nn.Module):
             raise ValueError(f"UPerNet needs encoder_depth >= 3, got {len(encoder_channels) - 1}")
         self.align_corners = align_corners
         self.pyramid_pooling = PyramidPooling(top_channels, channels, pool_scales, align_corners)
-        self.lateral_convs = nn.ModuleList(Conv2dNormActivation(c, channels, 1) for c in lateral_channels)
-        self.fpn_convs = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in lateral_channels)
-        self.fusion = Conv2dNormActivation(channels * (len(lateral_channels) + 1), channels, 3)
+        self.lateral_convs = nn.ModuleList(_ConvNormReLU(c, channels, 1) for c in lateral_channels)
+        self.fpn_convs = nn.ModuleList(_ConvNormReLU(channels, channels, 3) for _ in lateral_channels)
+        self.fusion = _ConvNormReLU(channels * (len(lateral_channels) + 1), channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
     def _resize(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

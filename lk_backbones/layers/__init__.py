@@ -10,6 +10,7 @@ from lk_backbones.layers.reparam import (
     prepack_weights,
     reparameterize,
 )
+from lk_backbones.layers.restore import restore_conv2d
 
 __all__ = [
     "ConvNorm",
@@ -21,4 +22,5 @@ __all__ = [
     "prepack_weights",
     "reparameterize",
     "replace_depthwise",
+    "restore_conv2d",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import explain, pack_weight, packed_conv2d, takes_packed_weight
 
-__all__ = ["PackedConv2d", "PackedDepthwiseConv2d", "PackedPointwiseConv2d", "fuses", "pack"]
+__all__ = ["PackedConv2d", "PackedDepthwiseConv2d", "PackedPointwiseConv2d", "fuses", "pack", "unpack"]
 
 
 class PackedConv2d(nn.Conv2d):
@@ -50,6 +51,8 @@ class PackedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _packed_forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
+            return self.act(self._unpacked(input))
         activation, weight, padding = _onednn_activation(self.act), self.weight, self.padding
         simple = input.dim() == 4 and self.padding_mode == "zeros" and takes_packed_weight(input, weight)
         if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
@@ -106,6 +109,7 @@ _PACKED: dict[type[nn.Module], type[PackedConv2d]] = {
     PointwiseConv2d: PackedPointwiseConv2d,
     DepthwiseConv2d: PackedDepthwiseConv2d,
 }
+_UNPACKED: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packed in _PACKED.items()}
 
 
 def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
@@ -125,6 +129,25 @@ def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
     assert isinstance(conv, PackedConv2d)
     conv._follow_with(act)
     return True
+
+
+def unpack(conv: nn.Module) -> nn.Module:
+    """Undo :func:`pack`: turn ``conv`` itself, hooks and all, into the layer that it was before.
+
+    Args:
+        conv: A convolution; one that is not packed stays as it is.
+
+    Returns:
+        The activation that followed it, an identity if there was none.
+    """
+    plain = _UNPACKED.get(type(conv))
+    if plain is None:
+        return nn.Identity()
+    act = conv.act
+    assert isinstance(act, nn.Module)
+    del conv.act, conv._packed
+    conv.__class__ = plain
+    return act
 
 
 def fuses(act: nn.Module) -> bool:

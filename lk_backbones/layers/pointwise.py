@@ -46,6 +46,7 @@ class PointwiseConv2d(nn.Conv2d):
     @torch.jit.unused
     def _fast_forward(self, input: Tensor) -> Tensor:
         unpadded = self.padding in ((0, 0), "valid", "same")
-        if input.dim() != 4 or self.groups != 1 or self.stride != (1, 1) or not unpadded:
+        # Attributes alone decide: what depends on the input is inside the op, where torch.fx does not look.
+        if self.groups != 1 or self.stride != (1, 1) or not unpadded:
             return self._conv_forward(input, self.weight, self.bias)
         return pointwise_conv2d(input, self.weight, self.bias)

@@ -1,8 +1,8 @@
 """Structural re-parameterisation: train with parallel branches and norms, deploy one convolution.
 
 Every foldable module here has ``reparameterize()``, the hook that ``timm.utils.reparameterize_model`` calls, so timm's
-function and :func:`reparameterize` below do the same. A fold computes in float64 and never changes the function that
-the module computes in ``eval()`` mode.
+function and :func:`reparameterize` below do the same. A fold computes in float64, on the CPU whatever the device, and
+never changes the function that the module computes in ``eval()`` mode.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import create_act_layer
 from timm.utils.model import reparameterize_model
+from torchvision.ops import FrozenBatchNorm2d
 
+from lk_backbones.layers.create import ActLayer, NormLayer, create_norm
 from lk_backbones.layers.depthwise import DepthwiseConv2d
-from lk_backbones.layers.packed import fuses, pack
+from lk_backbones.layers.packed import fuses, pack, unpack
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import to_preferred_memory_format
 
@@ -27,6 +29,7 @@ __all__ = [
     "ReparamLargeKernelConv2d",
     "fold_norm_into_next",
     "fold_norm_into_previous",
+    "is_foldable",
     "prepack_weights",
     "reparameterize",
 ]
@@ -37,12 +40,33 @@ torch.fx.wrap("to_preferred_memory_format")
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on the CPU: some accelerators (Apple's) have no float64."""
+    tensor = tensor.detach()
+    return (tensor if tensor.is_meta else tensor.cpu()).double()
+
+
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether ``norm`` is, in ``eval()``, a scale and a shift per channel: a batch norm, be it synchronised or frozen.
+
+    A subclass may compute something more, such as an activation; then it has a ``forward`` of its own.
+    """
+    known = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    return type(norm).forward in [cls.forward for cls in known] and isinstance(norm.running_mean, torch.Tensor)
+
+
 def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, float64 ``(C,)``, of a batch norm (of any class: plain, synchronised, frozen) in ``eval()``."""
-    weight, bias, mean, variance = (
-        getattr(norm, name).detach().double() for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = weight / (variance + norm.eps).sqrt()
+    """Scale and shift, float64 ``(C,)``, of a batch norm (of any class: plain, synchronised, frozen) in ``eval()``.
+
+    Raises:
+        ValueError: If it is no batch norm, or has no running statistics.
+    """
+    if not is_foldable(norm):
+        raise ValueError(f"only a batch norm with running statistics can be folded, got {norm}")
+    mean, variance = _exact(cast(torch.Tensor, norm.running_mean)), _exact(cast(torch.Tensor, norm.running_var))
+    weight = torch.ones_like(mean) if norm.weight is None else _exact(cast(torch.Tensor, norm.weight))
+    bias = torch.zeros_like(mean) if norm.bias is None else _exact(cast(torch.Tensor, norm.bias))
+    scale = weight / (variance + cast(float, norm.eps)).sqrt()
     return scale, bias - mean * scale
 
 
@@ -50,13 +74,14 @@ def _set_folded(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> No
     """Replace the parameters of ``conv`` by folded ones, keeping its dtype, device and memory format."""
     like = conv.weight
     requires_grad = like.requires_grad
-    conv.weight = nn.Parameter(weight.to(like.dtype), requires_grad=requires_grad)
-    conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
+    # The dtype first: the device may not have the one that they were computed in.
+    conv.weight = nn.Parameter(weight.to(like.dtype).to(like.device), requires_grad=requires_grad)
+    conv.bias = nn.Parameter(bias.to(like.dtype).to(like.device), requires_grad=requires_grad)
 
 
 def _weight_and_bias(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    weight = _exact(conv.weight)
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else _exact(conv.bias)
     return weight, bias
 
 
@@ -66,6 +91,9 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> None:
     Args:
         conv: Convolution with weight ``(O, I, kH, kW)``.
         norm: Batch norm over its ``O`` output channels, read in ``eval()`` sense (running statistics).
+
+    Raises:
+        ValueError: If ``norm`` is no batch norm with running statistics.
     """
     weight, bias = _weight_and_bias(conv)
     scale, shift = _affine(norm)
@@ -81,7 +109,8 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> None:
             border, where the convolution sees zeros rather than normalised zeros.
 
     Raises:
-        ValueError: If ``conv`` is padded, grouped or larger than 1×1.
+        ValueError: If ``conv`` is padded, grouped or larger than 1×1, or ``norm`` is no batch norm with running
+            statistics.
     """
     if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding not in ((0, 0), 0):
         raise ValueError(f"a norm folds only into a following dense 1x1 convolution without padding, got {conv}")
@@ -91,7 +120,7 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> None:
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and, optionally, an activation; folds into one convolution.
+    """Convolution, norm and, optionally, an activation; with a batch norm it folds into one convolution.
 
     timm's ``ConvNormAct`` keeps its activation inside the norm, where ``SyncBatchNorm.convert_sync_batchnorm`` (which
     Lightning's ``sync_batchnorm=True`` calls) loses it; here the three stay separate modules.
@@ -103,7 +132,8 @@ class ConvNorm(nn.Module):
         stride: Stride; sizes round up.
         dilation: Distance between the kernel's taps, in pixels.
         groups: ``1``, or ``in_channels == out_channels`` for a depthwise convolution.
-        act_layer: Class of the activation that follows, or ``None`` for none.
+        act_layer: Class or timm name of the activation that follows, or ``None`` for none.
+        norm_layer: Class of the norm, called with the number of channels. One that is no batch norm is not folded.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -116,7 +146,8 @@ class ConvNorm(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
-        act_layer: type[nn.Module] | None = None,
+        act_layer: ActLayer | None = None,
+        norm_layer: NormLayer = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -138,25 +169,31 @@ class ConvNorm(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn: nn.Module = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
-        self.act = nn.Identity() if act_layer is None else create_act_layer(act_layer, inplace=True)
+        self.bn: nn.Module = create_norm(norm_layer, out_channels, device, dtype)
+        self.act = nn.Identity() if act_layer is None else create_act_layer(act_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
         return self.act(self.bn(self.conv(x)))
 
     def reparameterize(self) -> None:
-        """Fold the norm into the convolution, in place; a second call changes nothing."""
-        if not isinstance(self.bn, nn.Identity):
+        """Fold a batch norm into the convolution, in place; a second call changes nothing."""
+        if is_foldable(self.bn):
             fold_norm_into_previous(self.conv, self.bn)
             self.bn = nn.Identity()
 
     def prepack(self) -> None:
         """Let the convolution keep a packed weight and compute the activation, in place; folds the norm first."""
         self.reparameterize()
-        fused = fuses(self.act)
+        fused = isinstance(self.bn, nn.Identity) and fuses(self.act)  # else the norm comes between them
         if pack(self.conv, self.act if fused else None) and fused:
             self.act = nn.Identity()
+
+    def unpack(self) -> None:
+        """Undo the packing, not the folding, of :meth:`prepack`, in place."""
+        act = unpack(self.conv)
+        if not isinstance(act, nn.Identity):
+            self.act = act
 
 
 class InputConvNorm(ConvNorm):
@@ -188,6 +225,7 @@ class ReparamLargeKernelConv2d(nn.Module):
         small_kernel: Odd size of the parallel kernel, or ``None`` for none. It is also left out where it is not
             smaller than ``kernel_size`` (so that a 3×3 ablation keeps one branch).
         dilation: Distance between the taps of both kernels, in pixels.
+        norm_layer: Class of the norms, called with the number of channels. Only branches with batch norms are folded.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -201,6 +239,7 @@ class ReparamLargeKernelConv2d(nn.Module):
         kernel_size: int,
         small_kernel: int | None = 5,
         dilation: int = 1,
+        norm_layer: NormLayer = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -210,7 +249,16 @@ class ReparamLargeKernelConv2d(nn.Module):
                 raise ValueError(f"{name} must be a positive odd number, got {size}")
 
         def branch(size: int) -> ConvNorm:
-            return ConvNorm(channels, channels, size, dilation=dilation, groups=channels, device=device, dtype=dtype)
+            return ConvNorm(
+                channels,
+                channels,
+                size,
+                dilation=dilation,
+                groups=channels,
+                norm_layer=norm_layer,
+                device=device,
+                dtype=dtype,
+            )
 
         self.large = branch(kernel_size)
         self.small = branch(small_kernel) if small_kernel is not None and small_kernel < kernel_size else None
@@ -219,7 +267,7 @@ class ReparamLargeKernelConv2d(nn.Module):
         """Map ``(N, channels, H, W)`` to the same shape."""
         out = self.large(x)
         if self.small is not None:
-            out += self.small(x)  # nothing needs a norm's output for its gradient
+            out = out + self.small(x)
         return out
 
     def reparameterize(self) -> None:
@@ -228,6 +276,8 @@ class ReparamLargeKernelConv2d(nn.Module):
         if self.small is None:
             return
         self.small.reparameterize()
+        if not (isinstance(self.large.bn, nn.Identity) and isinstance(self.small.bn, nn.Identity)):
+            return  # a norm that depends on the map stands between the two kernels
         margin = (self.large.conv.kernel_size[0] - self.small.conv.kernel_size[0]) // 2
         large_weight, large_bias = _weight_and_bias(self.large.conv)
         small_weight, small_bias = _weight_and_bias(self.small.conv)
@@ -237,6 +287,8 @@ class ReparamLargeKernelConv2d(nn.Module):
 
 def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
     """Fold every foldable module inside ``model`` for inference.
+
+    Norms other than batch norms, which encoders get through ``norm_layer``, are no part of a convolution and stay.
 
     Takes anything that contains our encoders: an encoder, an smp model, a detector, a LightningModule. Call it once
     training is over: the folded model has no batch norms left to train and cannot be unfolded.

@@ -35,6 +35,7 @@ def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors: who looks at operators knows others
         and not wants_plain_convolution(input, weight)
         and is_channels_last(input)
         and not weight.is_inference()

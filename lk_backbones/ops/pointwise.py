@@ -19,13 +19,15 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     its gradient back. Elsewhere, in other memory formats, and for exporters and tracers it is PyTorch's convolution.
 
     Args:
-        input: ``(N, C, H, W)``, floating point.
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, floating point.
         weight: ``(O, C, 1, 1)``, of the input's dtype and device.
         bias: ``(O,)`` or ``None``.
 
     Returns:
-        ``(N, O, H, W)`` in the input's memory format. Under autocast, the dtype that autocast gives a convolution.
+        ``(N, O, H, W)`` or ``(O, H, W)`` in the input's memory format. Under autocast, the dtype that autocast gives a
+        convolution.
     """
-    if input.device.type != "cpu" or wants_plain_convolution(input, weight) or not is_channels_last(input):
+    plain = input.device.type != "cpu" or input.dim() != 4 or wants_plain_convolution(input, weight)
+    if plain or not is_channels_last(input):
         return F.conv2d(input, weight, bias)
     return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, GroupNorm, get_act_layer
 from timm.optim import param_groups_layer_decay
 from timm.utils.model import reparameterize_model
 
 import lk_backbones
 from lk_backbones.encoders.registry import register_encoder
 from tests.conftest import assert_golden, randomize_norms
+
+ACTIVATIONS = (torch.nn.ReLU, torch.nn.GELU)
 
 
 def test_listed_names_are_timm_models() -> None:
@@ -197,3 +202,62 @@ def test_memory_format_is_decided_once(small_encoder: str, monkeypatch: pytest.M
     assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in maps)
     copied = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::clone"]
     assert [shape for shape in copied if shape[0] == len(x)] == [list(x.shape)]  # kernels are copied, maps are not
+
+
+@pytest.mark.parametrize("act_layer", ["silu", torch.nn.Hardswish])
+def test_activations_are_those_asked_for(small_encoder: str, act_layer: str | type[torch.nn.Module]) -> None:
+    default, model = timm.create_model(small_encoder), timm.create_model(small_encoder, act_layer=act_layer)
+    acts = {name: type(module) for name, module in default.named_modules() if isinstance(module, ACTIVATIONS)}
+    assert acts
+    for name in acts:
+        assert isinstance(model.get_submodule(name), get_act_layer(act_layer)), name
+    assert default.state_dict().keys() == model.state_dict().keys()
+    model.eval().load_state_dict(randomize_norms(default).state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert (model(x) - default.eval()(x)).abs().max() > 0.01 * model(x).abs().max()
+    for prepare in (lk_backbones.reparameterize, lk_backbones.prepack_weights):
+        with torch.no_grad():
+            assert_golden(prepare(model)(x), model(x), 1e-4)
+
+
+NORMS = [
+    ("frozenbatchnorm2d", True),
+    (torch.nn.SyncBatchNorm, True),
+    (partial(torch.nn.BatchNorm2d, affine=False, eps=1e-3), True),
+    (partial(torch.nn.BatchNorm2d, track_running_stats=False), False),
+    (BatchNormAct2d, False),  # a batch norm and an activation
+    ("layernorm", False),
+    ("layernorm2d", False),
+    ("groupnorm1", False),
+    (partial(GroupNorm, num_groups=4), False),
+]
+
+
+@pytest.mark.parametrize(("norm_layer", "folds"), NORMS, ids=str)
+def test_norms_are_those_asked_for_and_fold_or_stay(small_encoder: str, norm_layer: Any, folds: bool) -> None:
+    default, model = timm.create_model(small_encoder), timm.create_model(small_encoder, norm_layer=norm_layer).eval()
+    norms = [name for name, module in default.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    kind = type(model.get_submodule(norms[0]))
+    assert {type(model.get_submodule(name)) for name in norms} == {kind}
+    assert kind is not torch.nn.BatchNorm2d or isinstance(norm_layer, partial)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.2)
+        elif name.endswith(("bn.weight", "norm.weight", "running_var")):
+            tensor.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for prepare in (reparameterize_model, lk_backbones.reparameterize, lk_backbones.prepack_weights):
+            prepared = prepare(model)
+            left = sum(isinstance(module, kind) for module in prepared.modules())
+            # all stay, or only those that no convolution follows do
+            assert left <= 1 + 4 if folds else left == len(norms)
+            assert_golden(prepared(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("argument", ["act_layer", "norm_layer"])
+@pytest.mark.parametrize("value", ["nonsense", "", 3])
+def test_unknown_activations_and_norms_are_refused(small_encoder: str, argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be a class or timm's name of a.*, got {value!r}"):
+        timm.create_model(small_encoder, **{argument: value})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
 
 import lk_backbones
+from lk_backbones.encoders.smp import LargeKernelEncoder
+from lk_backbones.weights.catalogue import list_published
 from tests.conftest import assert_golden, randomize_norms
 
 ARCHITECTURES = [
@@ -139,3 +144,52 @@ def test_save_and_load_pretrained(small_encoder: str, tmp_path) -> None:
     again = smp.from_pretrained(tmp_path).eval()
     x = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["unet", "pan"])
+def test_arguments_that_smp_drops_are_named(small_encoder: str, architecture: str) -> None:
+    with pytest.warns(
+        UserWarning, match=rf"drops kernel_sizes=13, drop_rate=0.5: .* here 'tu-{small_encoder}'"
+    ) as seen:
+        smp.create_model(architecture, small_encoder, encoder_weights=None, kernel_sizes=13, drop_rate=0.5)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = smp.create_model(architecture, small_encoder, encoder_weights=None)
+        smp.create_model(architecture, f"tu-{small_encoder}", encoder_weights=None, drop_path_rate=0.5)
+        smp.encoders.get_encoder(small_encoder, depth=4)
+        LargeKernelEncoder(small_encoder)
+    assert type(model.encoder) is LargeKernelEncoder
+
+
+def test_preprocessing_parameters(any_encoder: str) -> None:
+    config = timm.get_pretrained_cfg(any_encoder)
+    expected = {"input_space": "RGB", "input_range": [0, 1], "mean": list(config.mean), "std": list(config.std)}
+    assert smp.encoders.get_preprocessing_params(any_encoder) == expected
+    assert smp.encoders.get_preprocessing_params(any_encoder, pretrained="imagenet") == expected
+    pixels = np.full((2, 2, 3), 255, dtype=np.uint8)
+    preprocessed = smp.encoders.get_preprocessing_fn(any_encoder)(pixels)
+    np.testing.assert_allclose(preprocessed[0, 0], (1 - np.array(config.mean)) / np.array(config.std))
+    for weights in list_published(f"{any_encoder}.*"):
+        tag = weights.name.partition(".")[2]
+        config = timm.get_pretrained_cfg(weights.name)
+        params = smp.encoders.get_preprocessing_params(any_encoder, pretrained=tag)
+        assert (params["mean"], params["std"]) == (list(config.mean), list(config.std))
+
+
+def test_preprocessing_parameters_of_others_are_smps(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    with pytest.raises(ValueError, match="Available pretrained options"):
+        smp.encoders.get_preprocessing_params(lk_backbones.list_encoders()[0], pretrained="nonsense")
+    with pytest.raises(KeyError):
+        smp.encoders.get_preprocessing_params("nonsense")
+    asked = []
+
+    def fetch(repo_id: str, filename: str, revision: str) -> str:
+        asked.append(repo_id)
+        file = tmp_path / filename
+        file.write_text('{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}')
+        return str(file)
+
+    monkeypatch.setattr(smp.encoders, "hf_hub_download", fetch)
+    assert smp.encoders.get_preprocessing_params("resnet18")["mean"] == [0.1, 0.2, 0.3]
+    assert asked == [smp.encoders.encoders["resnet18"]["pretrained_settings"]["imagenet"]["repo_id"]]

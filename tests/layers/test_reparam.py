@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lk_backbones import prepack_weights, reparameterize
 from lk_backbones.layers import PackedConv2d
@@ -84,3 +90,30 @@ def test_packing_folds_and_takes_the_activation_along(act_layer: type[nn.Module]
     assert prepack_weights(packed, inplace=True) is packed
     with torch.inference_mode():
         assert_golden(packed(x), layer(x), 1e-6)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Refuses float64 on an accelerator, as Apple's do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu" and tensor.dtype == torch.float64:
+                raise TypeError("this device has no float64")
+        return out
+
+
+@pytest.mark.parametrize("fold", [reparameterize, prepack_weights])
+def test_fold_asks_the_device_for_no_float64_and_comes_back_to_it(fold: Callable[..., nn.Module]) -> None:
+    with FakeTensorMode(), WithoutFloat64():  # which needs no such device
+        half: dict[str, Any] = {"device": "cuda", "dtype": torch.float16}
+        layers = ConvNorm(4, 8, 1, **half), ReparamLargeKernelConv2d(8, 7, **half), ConvNorm(8, 4, 1, **half)
+        model = fold(nn.Sequential(*layers), inplace=True)
+        tensors = list(model.state_dict().values())
+        assert len(tensors) == 6
+        assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("cuda", torch.float16)}
+
+
+def test_fold_on_the_meta_device() -> None:
+    model = nn.Sequential(ConvNorm(4, 8, 1), ReparamLargeKernelConv2d(8, 7)).to("meta")
+    assert all(tensor.is_meta for tensor in reparameterize(model).state_dict().values())
