@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lk_backbones.data
 import lk_backbones.tasks
+from lk_backbones._printing import printable
 from lk_backbones.data.datamodule import PictureDataModule
 from lk_backbones.tasks import BaseTask
 from lk_backbones.weights.errors import nearest
@@ -72,7 +73,7 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
         command = parser.prog.replace(" [options]", "")
-        print(f"error: {explain(message, options)}", file=sys.stderr)
+        print(f"error: {printable(explain(message, options))}", file=sys.stderr)
         print(f"`{command} --help` lists the flags.", file=sys.stderr)
         sys.exit(2)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from lk_backbones.weights.errors import WeightMismatchError
+from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.saved import build_saved, constructor_parameters, read_training_checkpoint
 
 __all__ = ["run"]
@@ -104,14 +104,16 @@ def run(args: list[str]) -> None:
 
 @contextmanager
 def _restoring(path: str) -> Iterator[None]:
-    """Build without the weights that the encoder started from, and name the checkpoint if its weights do not fit."""
+    """Build without the weights that the encoder started from, and name the checkpoint in errors about it."""
     from lk_backbones.tasks.base import without_encoder_weights
 
     try:
         with without_encoder_weights():
             yield
-    except WeightMismatchError as error:
-        raise WeightMismatchError(f"'{path}': {error}") from error
+    except WeightsError as error:
+        if path in str(error):
+            raise
+        raise WeightsError(f"'{path}': {error}") from error
 
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:

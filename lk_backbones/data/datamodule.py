@@ -108,7 +108,10 @@ class PictureDataModule(LightningDataModule):
         module = build_saved(data_class, arguments, where, **kwargs)
         state = checkpoint.get(data_class.__qualname__)
         if state is not None:
-            module.load_state_dict(state)
+            try:
+                module.load_state_dict(state)
+            except WeightsError as error:
+                raise WeightsError(f"'{checkpoint_path}': {error}") from error
         return module
 
 
@@ -361,11 +364,12 @@ class ImageDataModule(PictureDataModule, ABC):
         """Takes over the seed of a checkpoint, so that the run goes on as it began.
 
         Raises:
-            ValueError: The checkpoint holds something else.
+            WeightsError: The checkpoint holds something else.
         """
         if not isinstance(state_dict, Mapping) or not fits(dict(state_dict), dict[str, int]):
-            raise ValueError(f"The checkpoint's state of {type(self).__name__} must be whole numbers by name.")
-        require_at_least("the checkpoint's seed", state_dict.get("seed", -1), 0)
+            raise WeightsError(f"The checkpoint's state of {type(self).__name__} must be whole numbers by name.")
+        if state_dict.get("seed", -1) < 0:
+            raise WeightsError(f"The checkpoint's state of {type(self).__name__} must have a seed of at least 0.")
         self.seed = state_dict["seed"]
         self._state_of_checkpoint = state_dict
 

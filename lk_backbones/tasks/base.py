@@ -24,6 +24,7 @@ from lk_backbones.tasks.optim import (
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
+from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError
 from lk_backbones.weights.saved import (
     build_saved,
@@ -83,7 +84,13 @@ def saved_task(
     bare = "DetectionTask" if "category_ids" in values else "SegmentationTask"
     known: Any = own_classes(tasks, BaseTask)
     found = find_class(cls or BaseTask, values.get("_class_path", bare), known, where, "--model")
-    return found, checked_arguments(found, values, where), where
+    arguments = checked_arguments(found, values, where)
+    if str(arguments.get("encoder")).startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise WeightsError(
+            f"{where}: encoder={shorten(arguments['encoder'])}. A file may not say where an encoder is fetched or read "
+            f"from; a task writes the architecture's name instead"
+        )
+    return found, arguments, where
 
 
 def _saved_device(storage: Any, location: str) -> Any:
@@ -305,11 +312,11 @@ class BaseTask(L.LightningModule):
                 unknown: with the first of each.
         """
         own = self.state_dict()
-        tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+        tensors = {key: value for key, value in state_dict.items() if _is_ordinary(value)}
         problems = {
             "missing": [key for key in own if key not in state_dict] if strict else [],
             "unknown": [str(key) for key in state_dict if key not in own] if strict else [],
-            "that are no tensors": [key for key in own if key in state_dict and key not in tensors],
+            "that are no ordinary tensors": [key for key in own if key in state_dict and key not in tensors],
             "of another shape": [
                 f"{key} {tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}"
                 for key in own
@@ -323,6 +330,12 @@ class BaseTask(L.LightningModule):
                 f"the checkpoint holds another model than {type(self).__name__}({described}): {'; '.join(lines)}"
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _is_ordinary(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+    )
 
 
 def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:

@@ -100,7 +100,22 @@ def _read(stream: IO[bytes], name: str, map_location: Any, weights_only: bool, m
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         held = f"the keys {[str(key) for key in content][:5]}" if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{what}: it holds {held}, no 'state_dict'")
+    wrong = next((key for key, kind in _PARTS.items() if not isinstance(content.get(key, kind()), kind)), None)
+    if wrong is not None:
+        raise WeightsError(f"{what}: its '{wrong}' is {shorten(content[wrong])}")
     return content
+
+
+# What a trainer writes into every checkpoint.
+_PARTS: dict[str, type] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 def _why_unreadable(stream: IO[bytes], error: Exception) -> str:
@@ -111,8 +126,8 @@ def _why_unreadable(stream: IO[bytes], error: Exception) -> str:
         unsafe = []
     if unsafe:
         return (
-            f"it asks for {', '.join(unsafe[:3])}, and making objects of a file's choice could run any code; only "
-            f"tensors and plain values are read"
+            f"it asks for {shorten(', '.join(unsafe[:3]), 200)}, and making objects of a file's choice could run any "
+            f"code; only tensors and plain values are read"
         )
     return f"its table of contents cannot be read ({type(error).__name__}); it was altered or is of another program"
 
