@@ -99,7 +99,7 @@ def test_a_checkpoint_cannot_choose_what_is_imported(hub: LoopbackHub, checkpoin
         config["_lk_backbones"]["class"] = name
         file.write_text(json.dumps(config))
         with pytest.raises(
-            lk_hub.WeightsError, match=rf"is of a task '{name}', which this version of lk_backbones lacks"
+            lk_hub.WeightsError, match=rf"is '{name}', but a file may only name a class that lk_backbones exports"
         ):
             lk_hub.load_model(folder)
 
