@@ -5,9 +5,7 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
-import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lk_backbones.encoders.loading import fitting_arguments, fitting_encoders, is_dense_model
 from lk_backbones.tasks import DetectionTask, SegmentationTask
@@ -15,7 +13,9 @@ from lk_backbones.tasks.base import BaseTask, saved_task, without_encoder_weight
 from lk_backbones.tasks.openmmlab import detector_arguments, upernet_arguments
 from lk_backbones.weights.arguments import (
     check_architecture,
+    check_buildable,
     check_model_arguments,
+    not_buildable,
     shorten,
     weight_arguments,
 )
@@ -65,40 +65,16 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
 
 
 def _build(make: Callable[[], Any], weights: Weights) -> Any:
-    """Build a model that a file describes, which may describe anything.
-
-    It is built without memory first, and given up as soon as it outgrows the tensors that it is to take.
-    """
+    """Build a model that a file describes, unless it outgrows the tensors that it is to take."""
     tensors = [*weights.state_dict.values(), *weights.extra.values()]
-    most_numbers = 2 * sum(tensor.numel() for tensor in tensors) + 10_000_000
-    most_tensors = 2 * len(tensors) + 10_000
-    numbers = count = 0
-
-    def limit(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal numbers, count
-        count += 1
-        numbers += 0 if parameter is None else parameter.numel()
-        if numbers > most_numbers or count > most_tensors:
-            raise WeightsError(f"'{weights.source}' describes a model that is far larger than its weights")
-
+    numbers = sum(tensor.numel() for tensor in tensors)
+    check_buildable(make, f"'{weights.source}'", 2 * numbers + 10_000_000, 2 * len(tensors) + 10_000)
     try:
-        hook = register_module_parameter_registration_hook(limit)
-        try:
-            with torch.device("meta"):
-                make()
-        except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, WeightsError):
-                raise  # else: a constructor that computes with its tensors
-        finally:
-            hook.remove()
         return make()
     except WeightsError:
         raise
-    except Exception as error:  # whatever a constructor makes of arguments that it does not expect
-        raise WeightsError(
-            f"'{weights.source}' describes a model that this version of lk_backbones cannot build: "
-            f"{shorten(str(error), 500)} ({type(error).__name__})"
-        ) from error
+    except Exception as error:
+        raise not_buildable(f"'{weights.source}'", error) from error
 
 
 def _task(hyper_parameters: Any, weights: Weights) -> BaseTask:

@@ -18,7 +18,7 @@ from lk_backbones._printing import printable
 from lk_backbones.encoders import list_encoders
 from lk_backbones.encoders.loading import load_encoder
 from lk_backbones.encoders.timm_names import timm_model, timm_names
-from lk_backbones.weights.arguments import check_architecture, weight_arguments
+from lk_backbones.weights.arguments import check_architecture, check_buildable, weight_arguments
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.sources import is_source, pull, pull_config
@@ -156,7 +156,9 @@ def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[st
     if config.get("architecture") is None:
         raise ValueError(f"encoder='{source}': its config.json names no timm model ('architecture')")
     name = f"tu-{config['architecture']}"
-    kwargs = {k: v for k, v in (config.get("model_args") or {}).items() if k not in _SET_BY_SMP} | kwargs
+    described = config.get("model_args") or {}
+    check_buildable(lambda: timm.create_model(config["architecture"], **described), f"encoder='{source}'")
+    kwargs = {k: v for k, v in described.items() if k not in _SET_BY_SMP} | kwargs
     spec = resolve_encoder(name, pinned if weights in _DEFAULT_WEIGHTS else weights, kwargs)
     # from now on without the network: the architecture is known
     spec.saved |= {"encoder": name, "encoder_kwargs": kwargs, "encoder_weights": pinned if weights else None}

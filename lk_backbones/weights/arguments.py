@@ -6,14 +6,25 @@ one of those that tell timm or smp where weights lie.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lk_backbones.weights.errors import WeightsError, nearest
 
-__all__ = ["check_architecture", "check_model_arguments", "check_plain", "shorten", "weight_arguments"]
+__all__ = [
+    "check_architecture",
+    "check_buildable",
+    "check_model_arguments",
+    "check_plain",
+    "not_buildable",
+    "shorten",
+    "weight_arguments",
+]
 
 # What timm and smp take beside the model's own parameters: places of weights, and settings of their loading.
 _WEIGHT_ARGUMENTS = {
@@ -131,3 +142,45 @@ def check_architecture(name: Any, where: str) -> str:
             f"knows{nearest(str(name)[:80], timm.list_models())}; a newer version may"
         )
     return name
+
+
+def check_buildable(
+    make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 100_000
+) -> None:
+    """Build a model that a file describes without memory for its values, and give up as soon as it grows too large.
+
+    Args:
+        make: Builds it.
+        where: What to call the file in the error.
+        most_numbers: How many numbers its parameters may hold.
+        most_tensors: How many parameters it may have.
+
+    Raises:
+        WeightsError: If it is larger, or cannot be built.
+    """
+    numbers = count = 0
+
+    def limit(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal numbers, count
+        count += 1
+        numbers += 0 if parameter is None else parameter.numel()
+        if numbers > most_numbers or count > most_tensors:
+            raise WeightsError(f"{where} describes a model that is far larger than its weights can be")
+
+    hook = register_module_parameter_registration_hook(limit)
+    try:
+        with torch.device("meta"):
+            make()
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever a constructor makes of arguments that it does not expect
+        if not isinstance(error, NotImplementedError) and "meta" not in str(error):  # it computes with its tensors
+            raise not_buildable(where, error) from error
+    finally:
+        hook.remove()
+
+
+def not_buildable(where: str, error: Exception) -> WeightsError:
+    """The error to raise where a model cannot be built that a file describes."""
+    reason = shorten(str(error), 500)
+    return WeightsError(f"{where} describes a model that cannot be built here: {reason} ({type(error).__name__})")

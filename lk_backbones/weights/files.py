@@ -102,7 +102,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
             raise
         except Exception as error:  # safetensors' own error class, and OSError of the memory map
             raise WeightsError(
-                f"'{file}' is not a whole safetensors file ({error}): it is truncated or was altered. Fetch it again"
+                f"'{file}' is not a whole safetensors file ({_first_line(error)}): it is truncated or was altered. "
+                f"Fetch it again"
             ) from error
     return _without_companions(_unpickle(file), file)
 
@@ -151,7 +152,9 @@ def check_stream(stream: IO[bytes], name: str) -> None:
     except WeightsError:
         raise
     except Exception as error:  # a directory of entries that makes no sense has many ways to fail
-        raise WeightsError(f"'{name}' is no whole archive ({error}): it is truncated or was altered") from error
+        raise WeightsError(
+            f"'{name}' is no whole archive ({_first_line(error)}): it was truncated or altered"
+        ) from error
     if damaged is not None:
         raise WeightsError(
             f"'{name}' is damaged: the checksum of {shorten(damaged)} in it is wrong. Fetch it again, or take an "
@@ -175,9 +178,14 @@ def _unpickle(file: Path) -> Any:
                 f"torch.load(FILE, weights_only=False)['state_dict'], 'weights.safetensors')"
             ) from error
         raise WeightsError(
-            f"'{file}' cannot be read as weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            f" It is truncated or no weight file; {', '.join(WEIGHT_SUFFIXES)} are understood"
+            f"'{file}' cannot be read as weights: {_first_line(error)}. It is truncated or no weight file; "
+            f"{', '.join(WEIGHT_SUFFIXES)} are understood"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"  # it may quote a name of any length from the file
 
 
 def _unsafe_globals(file: Path, error: Exception) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from lk_backbones import hub as lk_hub
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.base import without_encoder_weights
+from lk_backbones.weights import WeightsError
 from tests.hostile.conftest import Refused
 from tests.hub.conftest import client, hub  # noqa: F401
 from tests.hub.server import LoopbackHub, Repository
@@ -202,6 +203,17 @@ def test_a_task_names_what_would_be_right(task: Any, kwargs: dict[str, Any]) -> 
         task(encoder_kwargs=TINY | kwargs)
     with without_encoder_weights(), pytest.raises(ValueError, match="not fetched from elsewhere"):
         task(encoder="hf-hub:you/evil")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"channels": [100_000] * 4}, {"depths": [100_000] * 4}, {"channels": [1.5] * 4}, {"nonsense": 1}, {"depths": "x"}],
+    ids=str,
+)
+def test_an_encoder_that_cannot_be_built_names_its_source(arguments: dict[str, Any], published: Any) -> None:
+    folder = published("encoder", lambda config: change_encoder(config, arguments))
+    with pytest.raises(WeightsError, match=r"encoder='local-dir:.*encoder' describes a model that"):
+        SegmentationTask("unet", f"local-dir:{folder}", True)
 
 
 @pytest.mark.parametrize("source", ["hf-hub:you/encoder", "local-dir:FOLDER"])
