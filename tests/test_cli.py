@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from lightning.pytorch.core.saving import load_hparams_from_yaml
 from PIL import Image
 
 from lk_backbones.cli import main
+from lk_backbones.data import PictureFolderDataModule
+from lk_backbones.tasks import SegmentationTask
 
 TINY = [
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),
@@ -128,6 +131,151 @@ def test_two_processes_write_about_every_picture_whatever_its_name(
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "lk_backbones.cli", *two], check=True, env=env, capture_output=True)
     assert written("together") == written("alone")
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A training whose evaluation resizes pictures of many kinds; its checkpoint, and the folder of those pictures."""
+    root = tmp_path_factory.mktemp("resized")
+    generator = np.random.default_rng(0)
+    smooth = Image.fromarray(generator.integers(0, 256, (6, 9, 3), np.uint8))
+    sizes = {"jpg": (75, 50), "png": (50, 77), "grey": (61, 61), "palette": (90, 31), "turned": (80, 50)}
+    for split in ("train", "val"):
+        for folder in ("images", "masks"):
+            (root / folder / split).mkdir(parents=True)
+        for kind, size in sizes.items():
+            picture, options = smooth.resize(size, Image.Resampling.BICUBIC), {}
+            labels = np.asarray(picture.convert("L")) // 64
+            if kind == "turned":
+                exif = Image.Exif()
+                exif[0x0112] = 6
+                options, labels = {"exif": exif}, np.rot90(labels, -1)
+            picture = {"grey": picture.convert("L"), "palette": picture.quantize(50)}.get(kind, picture)
+            suffix = "jpg" if kind in ("jpg", "turned") else "png"
+            picture.save(root / "images" / split / f"{kind}.{suffix}", **options)
+            Image.fromarray(labels).save(root / "masks" / split / f"{kind}.png")
+    (root / "classes.json").write_text('{"names": ["a", "b", "c", "d"]}')
+    task = ["--model", "SegmentationTask", "--model.architecture", "fpn", "--model.encoder", "resnet18"]
+    task += ["--model.num_classes", "4", "--model.lr", "0.003"]
+    data = ["--data", "SegmentationFolderDataModule", "--data.root", str(root), "--data.num_workers", "0"]
+    data += ["--data.test_size", "[120, 64]", "--data.crop_size", "64", "--data.batch_size", "1"]
+    options = ["--trainer.max_epochs", "8", "--trainer.default_root_dir", str(root), "--seed_everything", "3"]
+    main(["fit", *task, *data, *TINY, *options, "--trainer.logger", "false", "--trainer.limit_val_batches", "0"])
+    (path,) = root.rglob("*.ckpt")
+    return str(path), root / "images" / "val"
+
+
+def evaluated(command: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, np.ndarray]:
+    """Label map of every picture, by its name, as the metrics of a command get them."""
+    found = {}
+    step = "validation_step" if command == "validate" else "test_step"
+    original = getattr(SegmentationTask, step)
+
+    def watched(self: SegmentationTask, batch: dict, batch_idx: int) -> dict:
+        outputs = original(self, batch, batch_idx)
+        found.update({Path(p).stem: m.numpy() for p, m in zip(batch["path"], outputs["label_map"], strict=True)})
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, step, watched)
+        main(
+            [
+                command,
+                "--ckpt_path",
+                checkpoint,
+                *TINY,
+                "--trainer.logger",
+                "false",
+                "--overlays.num_pictures",
+                "0",
+                *flags,
+            ]
+        )
+    return found
+
+
+def predicted(checkpoint: str, pictures: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
+    """Label map of every picture, by its name, as ``predict --pictures`` writes them."""
+    options = ["--overlays.directory", str(out), "--trainer.logger", "false", "--data.num_workers", "0"]
+    main(["predict", "--ckpt_path", checkpoint, "--pictures", str(pictures), *TINY, *options, *flags])
+    return {path.stem: np.asarray(Image.open(path)) for path in (out / "label_maps").iterdir()}
+
+
+MULTI_SCALE = ["--model.tta_scales", "[0.5, 1.25]", "--model.tta_flip", "true"]
+SLIDE = ["--model.inference", "slide", "--model.slide_crop", "[48, 48]", "--model.slide_stride", "[32, 32]"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--model.tta_scales", "[0.5, 1.25]", "--model.tta_flip", "true"], SLIDE],
+    ids=["plain", "ms", "slide"],
+)
+def test_predictions_of_pictures_are_those_that_were_evaluated(
+    resized: tuple[str, Path], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint, pictures = resized
+    maps = predicted(checkpoint, pictures, tmp_path / "out", *flags)
+    sizes = {"jpg": (50, 75), "png": (77, 50), "grey": (61, 61), "palette": (31, 90), "turned": (80, 50)}
+    assert {name: labels.shape for name, labels in maps.items()} == sizes
+    assert all(len(np.unique(labels)) > 1 for labels in maps.values()), maps
+    for command in ("validate", "test"):
+        expected = evaluated(command, checkpoint, monkeypatch, *flags)
+        assert expected.keys() == maps.keys()
+        for name, labels in expected.items():
+            assert np.array_equal(maps[name], labels), name
+
+
+def test_sizes_that_are_asked_for_win(
+    resized: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint, pictures = resized
+    default = predicted(checkpoint, pictures, tmp_path / "default")
+    for i, size in enumerate(("null", "[60, 40]")):
+        maps = predicted(checkpoint, pictures, tmp_path / f"out_{i}", "--data.test_size", size)
+        expected = evaluated("validate", checkpoint, monkeypatch, "--data.test_size", size)
+        assert all(np.array_equal(maps[name], expected[name]) for name in expected)
+        assert not any(np.array_equal(maps[name], default[name]) for name in maps)
+
+
+@pytest.mark.parametrize("last", ["--pictures", "--config"])
+def test_pictures_replace_the_data_of_a_configuration(
+    resized: tuple[str, Path], last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two comes last; nothing of the other data module's arguments is left, such as its batches."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint, pictures = resized
+    model = {"architecture": "fpn", "encoder": "resnet18", "num_classes": 4}
+    data = {"root": "elsewhere", "batch_size": 4, "num_workers": 0, "test_size": [60, 40]}
+    config = {
+        "model": {"class_path": "SegmentationTask", "init_args": model},
+        "data": {"class_path": "SegmentationFolderDataModule", "init_args": data},
+    }
+    Path("config.yaml").write_text(json.dumps(config))
+    given = ["--pictures", str(pictures), "--config", "config.yaml"]
+    given = given if last == "--config" else given[2:] + given[:2]
+    options = [*TINY, "--trainer.logger", "false", "--overlays.directory", "out"]
+    main(["predict", "--ckpt_path", checkpoint, *given, *options])
+    maps = {path.stem: np.asarray(Image.open(path)) for path in Path("out", "label_maps").iterdir()}
+    expected = evaluated("validate", checkpoint, monkeypatch)
+    assert maps.keys() == expected.keys()
+    assert all(np.array_equal(maps[name], expected[name]) for name in expected)
+
+
+def test_pictures_from_python_are_those_that_were_evaluated(resized: tuple[str, Path], tmp_path: Path) -> None:
+    checkpoint, pictures = resized
+    expected = predicted(checkpoint, pictures, tmp_path / "out")
+    task = SegmentationTask.load_from_checkpoint(checkpoint)
+    data = PictureFolderDataModule.load_from_checkpoint(checkpoint, folder=str(pictures), num_workers=0)
+    assert data.test_size == (120, 64)
+    assert data.batch_size == 1
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    for batch in trainer.predict(task, data):
+        for path, labels in zip(batch["path"], batch["label_map"], strict=True):
+            assert np.array_equal(labels.numpy(), expected[Path(path).stem])
+    assert PictureFolderDataModule.load_from_checkpoint(checkpoint, folder="f", test_size=None).test_size is None
 
 
 def test_detection_runs_like_segmentation(

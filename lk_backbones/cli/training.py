@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +45,9 @@ def run(args: list[str]) -> None:
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
-    args = _pictures(args)
-    saved = _from_checkpoint(args)
+    checkpoint = _read_checkpoint(args)
+    args = _pictures(args, checkpoint)
+    saved = _from_checkpoint(args, checkpoint)
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -205,28 +207,40 @@ class _Saved:
         return value
 
 
-def _from_checkpoint(args: list[str]) -> dict[str, _Saved]:
-    """What a checkpoint knows of the model and the data that the command line leaves open.
+def _read_checkpoint(args: list[str]) -> dict[str, Any] | None:
+    """Read the checkpoint that a command line leaves something open to; ``None`` if it leaves nothing open.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the file is not a checkpoint of one of our tasks.
     """
+    path = _option(args, "--ckpt_path")
+    if args[0] not in ("validate", "test", "predict") or path is None or path in _NO_FILES:
+        return None
+    return read_training_checkpoint(path) if _left_open(args) or _option(args, "--pictures") is not None else None
+
+
+def _left_open(args: list[str]) -> list[str]:
+    """Which of ``model`` and ``data`` a command line does not name, itself or in a configuration."""
+    given = {arg.split("=")[0] for arg in args}
+    return [] if given & {"--config", "-c"} else [key for key in ("model", "data") if f"--{key}" not in given]
+
+
+def _from_checkpoint(args: list[str], checkpoint: dict[str, Any] | None) -> dict[str, _Saved]:
+    """What a checkpoint knows of the model and the data that the command line leaves open.
+
+    Raises:
+        ValueError: If it is not of one of our tasks or data modules.
+    """
     from lk_backbones.data.datamodule import saved_data
     from lk_backbones.tasks.base import saved_task
 
-    path = _option(args, "--ckpt_path")
-    given = {arg.split("=")[0] for arg in args}
-    wanted = [key for key in ("model", "data") if f"--{key}" not in given]
-    if args[0] not in ("validate", "test", "predict") or path is None or path in _NO_FILES:
+    if checkpoint is None:
         return {}
-    if not wanted or given & {"--config", "-c"}:
-        return {}
-    saved = {}
-    checkpoint = read_training_checkpoint(path)
-    if "model" in wanted:
+    path, saved = _option(args, "--ckpt_path"), {}
+    if "model" in _left_open(args):
         saved["model"] = _Saved("model", *saved_task(checkpoint, path))
-    if "data" in wanted:
+    if "data" in _left_open(args):
         saved["data"] = _Saved("data", *saved_data(checkpoint, path))
     return saved
 
@@ -239,16 +253,26 @@ def _check_file(config: Any) -> None:
         read_training_checkpoint(path)
 
 
-def _pictures(args: list[str]) -> list[str]:
-    """Turn ``--pictures FOLDER`` into the data module that it stands for."""
+def _pictures(args: list[str], checkpoint: dict[str, Any] | None) -> list[str]:
+    """Turn ``--pictures FOLDER`` into the data module that it stands for, which repeats the checkpoint's evaluation.
+
+    It replaces the data of a configuration; flags win over it.
+    """
     folder = _option(args, "--pictures")
     if args[0] != "predict" or folder is None:
         return args
-    rest = []
+    from lk_backbones.data.pictures import evaluation_arguments
+
+    evaluation = evaluation_arguments(checkpoint or {}, _option(args, "--ckpt_path"))
+    data = ["--data", "PictureFolderDataModule", "--data.folder", folder, "--data.batch_size", "1"]
+    data += [f"--data.{name}={json.dumps(value)}" for name, value in evaluation.items()]
+    configurations, rest = [], []
     arguments = iter(args[1:])
     for arg in arguments:
-        if arg == "--pictures":
-            next(arguments)
-        elif not arg.startswith("--pictures="):
+        name = arg.split("=")[0]
+        if name not in ("--pictures", "--config", "-c"):
             rest.append(arg)
-    return [args[0], "--data", "PictureFolderDataModule", "--data.folder", folder, *rest]
+            continue
+        value = [] if "=" in arg else [next(arguments, "")]
+        configurations += [arg, *value] if name != "--pictures" else []
+    return [args[0], *configurations, *data, *rest]

@@ -1,11 +1,12 @@
 """Any folder of pictures, to run a trained model on."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
+from typing_extensions import Self
 
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
@@ -20,6 +21,9 @@ from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
+from lk_backbones.weights.arguments import shorten
+from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.saved import read_training_checkpoint
 
 
 class _Pictures(FileSegmentationDataset):
@@ -69,8 +73,8 @@ class PictureFolderDataModule(PictureDataModule):
         folder: The folder, with sub-folders, or one picture.
         batch_size: Pictures per device. More than 1 needs pictures of one size.
         num_workers: Loading processes. None: as many as there are CPU cores for this process, at most 4.
-        test_size: ``(long side, short side)`` that pictures are fitted into, as in the training's evaluation. None: as
-            they are.
+        test_size: ``(long side, short side)`` that pictures are fitted into. A model gives its published quality at the
+            size that it was evaluated with; :meth:`load_from_checkpoint` takes it over. None: as they are.
         pin_memory: Whether to load into pinned memory. None: if there is a CUDA device.
     """
 
@@ -94,6 +98,35 @@ class PictureFolderDataModule(PictureDataModule):
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
         self._dataset: _Pictures | None = None
         self._test_scales: tuple[float, ...] = ()
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+        *,
+        folder: str,
+        **kwargs: Any,
+    ) -> Self:
+        """Gives a folder's pictures as the evaluation of a checkpoint's data module gives its own.
+
+        Args:
+            checkpoint_path: Path, URL or file object.
+            map_location: Where to put the checkpoint's tensors, as for `torch.load`.
+            weights_only: ``False`` unpickles the file, which runs whatever its writer put into it.
+            folder: The folder of pictures, or one picture.
+            **kwargs: Further arguments; they win over the checkpoint.
+
+        Returns:
+            The data module.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or what it says of its evaluation is no size.
+        """
+        checkpoint = read_training_checkpoint(checkpoint_path, map_location or "cpu", weights_only is not False)
+        return cls(folder, **(evaluation_arguments(checkpoint, checkpoint_path) | kwargs))
 
     def setup(self, stage: str | None = None) -> None:
         """Finds the pictures.
@@ -124,3 +157,25 @@ class PictureFolderDataModule(PictureDataModule):
         return evaluation_loader(
             self._dataset, self.batch_size, self.num_workers, self.pin_memory, _collate_readable, _SkippingLoader
         )
+
+
+def evaluation_arguments(checkpoint: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Returns the arguments of :class:`PictureFolderDataModule` that repeat the evaluation of a checkpoint's data.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        source: Its name, for messages.
+
+    Raises:
+        WeightsError: What it says of its evaluation is no size.
+    """
+    data = checkpoint.get("datamodule_hyper_parameters")
+    size = data.get("test_size") if isinstance(data, Mapping) else None
+    if size is None:
+        return {}
+    sides = size if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise WeightsError(
+            f"'{source}', datamodule_hyper_parameters: test_size must be two lengths in pixels, got {shorten(size)}"
+        )
+    return {"test_size": (sides[0], sides[1])}

@@ -141,7 +141,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
             (one, first), (other, second) = list(sizes.items())[:2]
             raise ValueError(
                 f"Pictures of different sizes cannot share a batch: {first} is {one[0]}×{one[1]}, {second} is "
-                f"{other[0]}×{other[1]} (height×width). Set val_batch_size=1."
+                f"{other[0]}×{other[1]} (height×width). Set val_batch_size=1, for a folder of pictures batch_size=1."
             )
         return torch.stack(list(tensors))
 
