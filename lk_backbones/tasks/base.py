@@ -367,7 +367,7 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
         if hparams.get(key, 0) < 0:
             raise ValueError(f"{key}={hparams[key]} must be at least 0")
     bias_weight_decay = hparams["bias_weight_decay"]
-    if bias_weight_decay is not None and not 0 <= bias_weight_decay < float("inf"):
+    if bias_weight_decay is not None and bias_weight_decay < 0:
         raise ValueError(f"bias_weight_decay={bias_weight_decay} must be at least 0, or null for weight_decay")
     if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
         raise ValueError(

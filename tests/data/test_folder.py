@@ -226,7 +226,7 @@ def test_every_setting_is_checked(folder_root: MakeRoot) -> None:
     for options, message in (
         ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1, got 1.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"crop_size": (0, 5)}, "crop_size must be at least 1, got 0"),
+        ({"crop_size": (0, 5)}, r"crop_size must be two lengths in pixels, each at least 1, got \(0, 5\)"),
         ({"scale_range": (2.0, 0.5)}, "scale_range must be"),
         ({"cat_max_ratio": 0.0}, "cat_max_ratio must be a share"),
         ({"image_fill": (124.0, 116.0, 104.0)}, r"image_fill must be RGB in \[0, 1\].*Divide 8-bit colours by 255"),
