@@ -25,6 +25,9 @@ from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.saved import read_training_checkpoint
 
+#: Longest side that a checkpoint may have pictures resized to: more is no model's, but fills any memory.
+_LARGEST_SIDE = 2**15
+
 
 class _Pictures(FileSegmentationDataset):
     """Pictures of a folder, numbered from 1; in the place of one that cannot be read there is the reason."""
@@ -174,8 +177,9 @@ def evaluation_arguments(checkpoint: Mapping[str, Any], source: object) -> dict[
     if size is None:
         return {}
     sides = size if isinstance(size, list | tuple) else ()
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
         raise WeightsError(
-            f"'{source}', datamodule_hyper_parameters: test_size must be two lengths in pixels, got {shorten(size)}"
+            f"'{source}', datamodule_hyper_parameters: test_size must be two lengths in pixels, from 1 to "
+            f"{_LARGEST_SIDE}, got {shorten(size)}"
         )
     return {"test_size": (sides[0], sides[1])}

@@ -18,10 +18,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lk_backbones import hub
 from lk_backbones.cli import main
-from lk_backbones.data import PictureFolderDataModule, SegmentationDataModule, SyntheticScenesDataModule
+from lk_backbones.data import (
+    ADE20KDataModule,
+    PictureFolderDataModule,
+    SegmentationDataModule,
+    SyntheticScenesDataModule,
+)
 from lk_backbones.tasks import BaseTask, DetectionTask, SegmentationTask
 from tests.hostile.conftest import Refused
 
@@ -360,6 +366,31 @@ def importable(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workspace
 
 
+SIZES: dict[str, Callable[[Path], Any]] = {
+    "text": lambda _: "large",
+    "one": lambda _: [512],
+    "zero": lambda _: [0, 0],
+    "negative": lambda _: [2048, -512],
+    "fractions": lambda _: [20.5, 10.5],
+    "switches": lambda _: [True, True],
+    "huge": lambda _: [10**6, 10**6],
+    "endless digits": lambda _: [10**500, 10**500],
+    "process": lambda canary: opens(canary),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_of_pictures_that_is_none(
+    name: str, content: Content, canary: Path, workspace: Path, refused: Refused
+) -> None:
+    Image.new("RGB", (20, 10)).save(workspace / "a.png")
+    content["datamodule_hyper_parameters"]["test_size"] = SIZES[name](canary)
+    torch.save(content, workspace / "evil.ckpt")
+    refused(["predict", "--ckpt_path", "evil.ckpt", "--pictures", "a.png", *QUIET], "evil.ckpt", "test_size")
+    with pytest.raises(ValueError, match=r"evil\.ckpt.*test_size must be two lengths"):
+        PictureFolderDataModule.load_from_checkpoint("evil.ckpt", folder="a.png")
+
+
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_checkpoint_is_refused(
     name: str, content: Content, canary: Path, importable: Path, refused: Refused
@@ -456,7 +487,7 @@ def test_classes_that_a_user_names_are_built(trained: Path, workspace: Path) -> 
     assert (again.hparams["val_images"], again.hparams["train_images"], again.batch_size) == (7, 2, 2)
     assert type(SegmentationDataModule.load_from_checkpoint("my.ckpt")) is SyntheticScenesDataModule
     with pytest.raises(ValueError, match=r"my\.ckpt.*SyntheticScenesDataModule"):
-        PictureFolderDataModule.load_from_checkpoint("my.ckpt")
+        ADE20KDataModule.load_from_checkpoint("my.ckpt")
 
 
 def test_a_class_of_the_users_own_is_asked_for_by_name(content: Content, workspace: Path, refused: Refused) -> None:
