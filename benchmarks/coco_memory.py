@@ -1,7 +1,7 @@
 """Memory of an evaluation at COCO's size: what stays after many pictures with masks, and the peak to the end.
 
-Each contestant runs in a fresh process: our metrics, and torchmetrics' own, where every picture leaves tensors and texts
-between the large masks that come and go::
+Each contestant runs in a fresh process: our metrics, and torchmetrics' own, where every picture leaves tensors and
+texts between the large masks that come and go::
 
     python benchmarks/coco_memory.py
     python benchmarks/coco_memory.py --pictures 5000 --detections 100 --only ours --compute
