@@ -55,6 +55,7 @@ def measure(contestant: str, pictures: int, detections: int, compute: bool) -> N
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     metrics: Any = DetectionMetrics(masks=True) if contestant == "ours" else Plain()
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
     before = resident()
     for number in range(pictures):
         count = int(torch.randint(1, 14, (), generator=generator))
@@ -62,7 +63,9 @@ def measure(contestant: str, pictures: int, detections: int, compute: bool) -> N
         labels = torch.randint(1, 81, (count,), generator=generator)
         area = masks.sum((1, 2)).float()
         target = {"image_id": number, "boxes": boxes, "labels": labels, "masks": masks, "area": area}
-        boxes, masks = objects(detections, generator)
+        boxes, masks = objects(detections, generator) if number < 25 else drawn[number % 25]  # drawing takes the time
+        if number < 25:
+            drawn.append((boxes, masks))
         found = {"boxes": boxes, "labels": torch.randint(1, 81, (detections,), generator=generator)}
         found |= {"scores": torch.rand(detections, generator=generator), "masks": masks.bool()}
         metrics.update([found | {"segmentation": encode_masks(masks)}], [target])
