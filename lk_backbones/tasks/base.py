@@ -26,6 +26,7 @@ from lk_backbones.tasks.optim import (
 )
 from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError
+from lk_backbones.weights.report import check_values
 from lk_backbones.weights.saved import (
     build_saved,
     checked_arguments,
@@ -299,8 +300,8 @@ class BaseTask(L.LightningModule):
         weights = checkpoint["state_dict"]
         try:
             task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
-        except WeightMismatchError as error:
-            raise WeightMismatchError(f"'{checkpoint_path}': {error}") from error
+        except WeightsError as error:
+            raise type(error)(f"'{checkpoint_path}': {error}") from error
         devices = [value.device for value in weights.values()]
         return task.to(devices[0]) if devices else task
 
@@ -310,6 +311,7 @@ class BaseTask(L.LightningModule):
         Raises:
             WeightMismatchError: If something is no tensor, a shape differs or, when strict, a key is missing or
                 unknown: with the first of each.
+            WeightsError: If the weights are not finite, or numbers of another kind than the model's.
         """
         own = self.state_dict()
         tensors = {key: value for key, value in state_dict.items() if _is_ordinary(value)}
@@ -329,6 +331,7 @@ class BaseTask(L.LightningModule):
             raise WeightMismatchError(
                 f"the checkpoint holds another model than {type(self).__name__}({described}): {'; '.join(lines)}"
             )
+        check_values(tensors, own, "the checkpoint")
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
@@ -363,12 +366,9 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
     for key in ("lr", "layer_decay"):
         if hparams[key] <= 0:
             raise ValueError(f"{key}={hparams[key]} must be positive")
-    for key in ("weight_decay", "momentum", "power", "min_lr", "gamma"):
-        if hparams.get(key, 0) < 0:
+    for key in ("weight_decay", "bias_weight_decay", "momentum", "power", "min_lr", "gamma"):
+        if (hparams.get(key) or 0) < 0:
             raise ValueError(f"{key}={hparams[key]} must be at least 0")
-    bias_weight_decay = hparams["bias_weight_decay"]
-    if bias_weight_decay is not None and bias_weight_decay < 0:
-        raise ValueError(f"bias_weight_decay={bias_weight_decay} must be at least 0, or null for weight_decay")
     if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
         raise ValueError(
             f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "

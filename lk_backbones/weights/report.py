@@ -87,7 +87,7 @@ def check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
             problems.append(f"{key} holds fractions instead of {_name(mine.dtype)}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"'{source}' holds no usable weights: {'; '.join(problems[:3])}{more}")
+        raise WeightsError(f"{source} holds no usable weights: {'; '.join(problems[:3])}{more}")
 
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -148,7 +148,7 @@ def load_state(
         )
 
     usable = {key: value for key, value in state.items() if key in own and key not in misshapen}
-    check_values(usable, own, report.source)
+    check_values(usable, own, f"'{report.source}'")
     nn.Module.load_state_dict(module, usable, strict=False)  # the keys are final: no renaming of a subclass
     report.loaded += usable
     report.missing += missing

@@ -172,6 +172,10 @@ def data_only(**values: Any) -> Callable[[Content], None]:
     return lambda content: content.update(datamodule_hyper_parameters=values)
 
 
+def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Content], None]:
+    return lambda content: content["state_dict"].update({key: change(v) for key, v in content["state_dict"].items()})
+
+
 def _deep(value: Any, depth: int) -> Any:
     for _ in range(depth):
         value = [value]
@@ -256,6 +260,9 @@ TAMPERED: dict[str, tuple[Callable[[Any], Callable[[Content], None]], tuple[str,
         lambda c: lambda content: content["state_dict"].update({next(iter(content["state_dict"])): 1.0}),
         ("no ordinary tensors",),
     ),
+    "weights that are not numbers": (lambda c: weights(lambda value: value * float("nan")), ("holds NaN",)),
+    "complex weights": (lambda c: weights(lambda value: value.to(torch.complex64)), ("complex64",)),
+    "whole numbers as weights": (lambda c: weights(lambda value: value.to(torch.int8)), ("int8",)),
     "too deep": (lambda c: model(encoder_kwargs={"a": _deep(1, 60)}), ("encoder_kwargs",)),
     "too many": (lambda c: model(encoder_kwargs={"a": _bomb()}), ("encoder_kwargs",)),
     "endless": (lambda c: model(architecture_kwargs=_endless()), ("architecture_kwargs",)),
