@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import lk_backbones
-from lk_backbones.run import VARIABLE
 
 ENCODER = lk_backbones.list_encoders("replknet_31n")[0]
 
@@ -40,7 +39,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """The same in this process, which knows the package already: a new one takes seconds to import it."""
     for name in ("__main__", "__mp_main__"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
-    monkeypatch.setenv(VARIABLE, "null")
+    monkeypatch.setenv("LK_BACKBONES_RUN", "null")
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run_inside(*arguments: str) -> dict[str, Any]:
