@@ -135,7 +135,7 @@ def check_architecture(name: Any, where: str) -> str:
 
 
 def check_buildable(
-    make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 100_000
+    make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 20_000
 ) -> None:
     """Build a model that a file describes without memory for its values, and give up as soon as it grows too large.
 
