@@ -396,6 +396,15 @@ def test_the_mistake_comes_first_and_nothing_else(
     assert not any(noise in error for noise in ("usage", "Union", "Namespace", "NestedArg", "<class", "Given value"))
 
 
+def test_a_traceback_that_is_asked_for_holds_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of a data module or task must be findable, however the parser wraps it."""
+    monkeypatch.setenv("LK_BACKBONES_TRACEBACK", "1")
+    more = ["--model.encoder_kwargs", '{"nonsense": 1}', *TINY]
+    with pytest.raises(ValueError, match="nonsense") as raised:
+        main(["fit", *SCENES, *more])
+    assert isinstance(raised.value.__cause__, TypeError)
+
+
 def test_nothing_to_train_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit"])

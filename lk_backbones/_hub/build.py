@@ -16,11 +16,10 @@ from lk_backbones.weights.arguments import (
     check_buildable,
     check_model_arguments,
     not_buildable,
-    shorten,
     weight_arguments,
 )
 from lk_backbones.weights.catalogue import identify_published, list_published
-from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.errors import WeightsError, shorten
 from lk_backbones.weights.saved import build_saved
 from lk_backbones.weights.sources import Weights
 

@@ -93,7 +93,9 @@ def reason_of(error: Exception) -> Exception:
         reason = reason.__cause__
     if reason is error or isinstance(reason, ValueError | OSError):
         return reason
-    return ValueError(f"{type(reason).__name__}: {reason}")
+    told = ValueError(f"{type(reason).__name__}: {reason}")
+    told.__cause__ = reason  # for LK_BACKBONES_TRACEBACK
+    return told
 
 
 _UNION = "Does not validate against any of the Union subtypes"

@@ -75,7 +75,8 @@ def run(args: list[str]) -> None:
             try:
                 super().instantiate_classes()
             except Exception as error:
-                raise reason_of(error) from None
+                reason = reason_of(error)
+                raise reason from reason.__cause__
 
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False

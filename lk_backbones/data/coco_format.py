@@ -27,6 +27,7 @@ from lk_backbones.data.classes import ClassTable, default_colors
 from lk_backbones.data.json_stream import JsonStream
 from lk_backbones.data.outlines import MAX_OUTLINE, Outlines, Polygons, RunLengths, outline_length
 from lk_backbones.data.run_lengths import decompress
+from lk_backbones.weights.errors import shorten
 
 #: Most pixels that a side of a picture, or a coordinate, may have.
 MAX_SIDE = 1_000_000
@@ -218,7 +219,7 @@ def _read(path: Path, keys: list[str], allow_outside: bool) -> dict[str, Any]:
         raise ValueError(f"{path} is not a COCO annotations file: it is not valid JSON ({error}).") from error
     lists = (_Images, _Annotations, list)
     if kind != "object" or not all(isinstance(content.get(key), lists) for key in keys):
-        found = f"an object with {_short(sorted(content))}" if kind == "object" else f"a {kind}"
+        found = f"an object with {shorten(sorted(content))}" if kind == "object" else f"a {kind}"
         raise ValueError(
             f"{path} is not a COCO annotations file: it must hold an object with the lists "
             f"{', '.join(map(repr, keys))}, but holds {found}."
@@ -249,7 +250,7 @@ class _Unusual(Exception):
 def _id_of(path: Path, entry: Any, kind: str) -> int:
     number = entry.get("id") if isinstance(entry, dict) else None
     if not _is_integer(number):
-        raise _WrongEntry(f'{path}: every {kind} must be an object with an integer "id", got {_short(entry)}.')
+        raise _WrongEntry(f'{path}: every {kind} must be an object with an integer "id", got {shorten(entry)}.')
     assert isinstance(number, int)
     return number
 
@@ -260,14 +261,6 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any, limit: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= limit  # false for NaN
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits, or a value nested too deeply
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
@@ -313,15 +306,15 @@ class _Images:
             number = _id_of(self.path, entry, "image")
             name, height, width = entry.get("file_name"), entry.get("height"), entry.get("width")
             if not isinstance(name, str) or not name:
-                raise _WrongEntry(f'{self.path}, image {number}: "file_name" must be text, got {_short(name)}.')
+                raise _WrongEntry(f'{self.path}, image {number}: "file_name" must be text, got {shorten(name)}.')
             for key, value in (("height", height), ("width", width)):
                 if not _is_integer(value) or not 1 <= value <= MAX_SIDE:
                     raise _WrongEntry(
-                        f'{self.path}, image {number}: "{key}" must be a positive integer, got {_short(value)}; at '
+                        f'{self.path}, image {number}: "{key}" must be a positive integer, got {shorten(value)}; at '
                         f"most {MAX_SIDE} pixels are possible."
                     )
             if reason := not_a_name(name, self.allow_outside):
-                raise _WrongEntry(f'{self.path}, image {number}: "file_name" {_short(name)} {reason}')
+                raise _WrongEntry(f'{self.path}, image {number}: "file_name" {shorten(name)} {reason}')
             self.ids.append(number)
             self.heights.append(height)
             self.widths.append(width)
@@ -652,23 +645,23 @@ def _look_at(path: Path, entry: Any) -> tuple[dict[str, Any], str | None]:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not _is_integer(value):
-            raise _WrongEntry(f"{where}: {key} must be the integer id of {kind}, got {_short(entry.get(key))}.")
+            raise _WrongEntry(f"{where}: {key} must be the integer id of {kind}, got {shorten(entry.get(key))}.")
         usual[key] = value
     crowd = entry.get("iscrowd", 0)
     if not isinstance(crowd, int | float) or crowd not in (0, 1):
-        raise _WrongEntry(f"{where}: iscrowd must be 0 or 1, got {_short(crowd)}.")
+        raise _WrongEntry(f"{where}: iscrowd must be 0 or 1, got {shorten(crowd)}.")
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value, MAX_SIDE) for value in box):
         raise _WrongEntry(
             f"{where}: bbox must be [x, y, width, height], four numbers of at most {MAX_SIDE} pixels, got "
-            f"{_short(box)}."
+            f"{shorten(box)}."
         )
     usual |= {"iscrowd": int(crowd), "bbox": box}
     area, mistake = entry.get("area"), None
     if area is None or _is_number(area, _MAX_AREA):
         usual["area"] = area
     else:
-        mistake = f"{where}: area must be a number of pixels, got {_short(area)}."
+        mistake = f"{where}: area must be a number of pixels, got {shorten(area)}."
     shape = entry.get("segmentation")
     mistake = mistake or _wrong_segmentation(where, shape)
     if mistake is None:
@@ -683,12 +676,12 @@ def _wrong_segmentation(where: str, shape: Any) -> str | None:
     if isinstance(shape, dict):
         return _wrong_run_lengths(where, shape)
     if not isinstance(shape, list):
-        return f"{where}: segmentation must be a list of polygons or an RLE object, got {_short(shape)}."
+        return f"{where}: segmentation must be a list of polygons or an RLE object, got {shorten(shape)}."
     for polygon in shape:
         if not isinstance(polygon, list) or not all(_is_number(value, math.inf) for value in polygon):
             return (
                 f"{where}: segmentation must be a list of polygons, each a flat list of numbers [x1, y1, x2, y2, ...]; "
-                f"one is {_short(polygon)}."
+                f"one is {shorten(polygon)}."
             )
         if len(polygon) < 6 or len(polygon) % 2:
             return (
@@ -697,7 +690,9 @@ def _wrong_segmentation(where: str, shape: Any) -> str | None:
             )
         far = [value for value in polygon if not _is_number(value, MAX_SIDE)]
         if far:
-            return f"{where}: segmentation has the coordinate {_short(far[0])}; at most {MAX_SIDE} pixels are possible."
+            return (
+                f"{where}: segmentation has the coordinate {shorten(far[0])}; at most {MAX_SIDE} pixels are possible."
+            )
         length = outline_length(np.array(polygon, np.float64))
         if length > MAX_OUTLINE:
             return (
@@ -721,18 +716,18 @@ def _wrong_run_lengths(where: str, shape: dict[str, Any]) -> str | None:
     ):
         return _wrong_rle(
             where,
-            f'[height, width], those of its image, and "counts", a list or text; got size {_short(size)} and counts '
-            f"{_short(counts)}",
+            f'[height, width], those of its image, and "counts", a list or text; got size {shorten(size)} and counts '
+            f"{shorten(counts)}",
         )
     if isinstance(counts, str):
         try:
             (numbers,) = decompress([counts])
         except ValueError as error:
-            return f'{where}: segmentation has "counts" that are no run lengths: {error}; got {_short(counts)}.'
+            return f'{where}: segmentation has "counts" that are no run lengths: {error}; got {shorten(counts)}.'
         total = int(numbers.sum())
     else:
         if not all(_is_integer(count) and 0 <= count <= _MAX_COUNT for count in counts):
-            return f'{where}: segmentation must have "counts" of integers from 0 on, got {_short(counts)}.'
+            return f'{where}: segmentation must have "counts" of integers from 0 on, got {shorten(counts)}.'
         total = sum(counts)
     if total != size[0] * size[1]:
         return f"{where}: segmentation cannot be decoded: its counts sum up to {total}, not {size[0]}×{size[1]}."

@@ -21,8 +21,7 @@ from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
-from lk_backbones.weights.arguments import shorten
-from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.errors import WeightsError, shorten
 from lk_backbones.weights.saved import read_training_checkpoint
 
 #: Longest side that a checkpoint may have pictures resized to: more is no model's, but fills any memory.

@@ -13,8 +13,7 @@ from torch import nn
 
 from lk_backbones.encoders.registry import list_encoders
 from lk_backbones.encoders.timm_names import family_filter, full_names, is_timm_model, timm_model, timm_names
-from lk_backbones.weights.arguments import shorten
-from lk_backbones.weights.errors import WeightMismatchError
+from lk_backbones.weights.errors import WeightMismatchError, shorten
 from lk_backbones.weights.origins import follow
 from lk_backbones.weights.report import LoadReport, Mode, load_state
 from lk_backbones.weights.sources import Weights

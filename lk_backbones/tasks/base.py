@@ -24,8 +24,7 @@ from lk_backbones.tasks.optim import (
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
-from lk_backbones.weights.arguments import shorten
-from lk_backbones.weights.errors import WeightMismatchError, WeightsError
+from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
 from lk_backbones.weights.report import check_values
 from lk_backbones.weights.saved import (
     build_saved,

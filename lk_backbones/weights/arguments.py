@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lk_backbones.weights.errors import WeightsError, nearest
+from lk_backbones.weights.errors import WeightsError, nearest, shorten
 
 __all__ = [
     "check_architecture",
@@ -22,7 +22,6 @@ __all__ = [
     "check_model_arguments",
     "check_plain",
     "not_buildable",
-    "shorten",
     "weight_arguments",
 ]
 
@@ -35,15 +34,6 @@ _WEIGHT_PREFIXES = ("checkpoint_", "hf_hub", "pretrained")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODEL_NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)
 _DEEPEST, _LONGEST_TEXT, _LARGEST = 8, 10_000, 1_000_000
-
-
-def shorten(value: object, length: int = 80) -> str:
-    """A value as an error message shows it: as Python writes it, cut to a length."""
-    try:
-        text = repr(value)
-    except Exception:  # an integer of more digits than Python writes
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def weight_arguments(names: Iterable[str]) -> list[str]:
@@ -145,7 +135,7 @@ def check_architecture(name: Any, where: str) -> str:
 
 
 def check_buildable(
-    make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 100_000
+    make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 20_000
 ) -> None:
     """Build a model that a file describes without memory for its values, and give up as soon as it grows too large.
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lk_backbones.weights.arguments import check_architecture, check_model_arguments, check_plain, shorten
-from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.arguments import check_architecture, check_model_arguments, check_plain
+from lk_backbones.weights.errors import WeightsError, shorten
 
 __all__ = ["read_config"]
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lk_backbones.weights.arguments import shorten
-from lk_backbones.weights.errors import WeightsError
+from lk_backbones.weights.errors import WeightsError, shorten
 
 __all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "check_stream", "read_checkpoint", "sha256_of"]
 

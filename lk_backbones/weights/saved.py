@@ -17,8 +17,8 @@ import fsspec
 import numpy as np
 import torch
 
-from lk_backbones.weights.arguments import check_model_arguments, check_plain, shorten
-from lk_backbones.weights.errors import WeightsError, nearest
+from lk_backbones.weights.arguments import check_model_arguments, check_plain
+from lk_backbones.weights.errors import WeightsError, nearest, shorten
 from lk_backbones.weights.files import check_stream
 
 __all__ = [

@@ -12,11 +12,10 @@ from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, try_to_load_from
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lk_backbones._printing import printable
-from lk_backbones.weights.arguments import shorten
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
 from lk_backbones.weights.config import read_config
 from lk_backbones.weights.download import NOT_VERIFIED, HubFile, explain, fetch_from_hub, fetch_url, is_missing
-from lk_backbones.weights.errors import DownloadError, WeightsError, nearest
+from lk_backbones.weights.errors import DownloadError, WeightsError, nearest, shorten
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
 
 __all__ = ["NAMESPACE_VARIABLE", "Weights", "default_namespace", "is_source", "pull", "pull_config", "split_hub_id"]
