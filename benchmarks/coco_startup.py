@@ -5,6 +5,7 @@ reads it in a fresh process, in turn; times are CPU times, memory is beyond what
 
     python benchmarks/coco_startup.py                 # takes minutes, and 6 GB
     python benchmarks/coco_startup.py --share 0.1     # a tenth of it
+    python benchmarks/coco_startup.py --file data/coco/annotations/instances_train2017.json
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def measure(contestant: str, path: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of COCO's size")
+    parser.add_argument("--file", type=Path, help="annotations to read instead of made-up ones")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -114,8 +116,9 @@ def main() -> None:
         print("RESULT", json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "instances.json")
-        write(path, int(118_287 * arguments.share), int(860_001 * arguments.share))
+        path = arguments.file or Path(folder, "instances.json")
+        if not arguments.file:
+            write(path, int(118_287 * arguments.share), int(860_001 * arguments.share))
         print(f"{path.stat().st_size / 1e6:.0f} MB")
         best: dict[str, dict[str, float]] = {}
         for _ in range(arguments.rounds):
