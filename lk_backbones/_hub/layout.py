@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import save_file
 from segmentation_models_pytorch.base import SegmentationModel
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
@@ -23,7 +22,7 @@ from torch import nn
 import lk_backbones
 from lk_backbones._hub.card import CardFacts, write_card
 from lk_backbones._hub.folder import record_files
-from lk_backbones.encoders.timm_names import is_timm_model, timm_arguments, timm_names
+from lk_backbones.encoders.timm_names import build_empty, is_timm_model, timm_arguments, timm_names
 from lk_backbones.tasks.base import IMAGENET_MEAN, IMAGENET_STD, BaseTask, without_encoder_weights
 from lk_backbones.weights.catalogue import (
     PublishedWeights,
@@ -138,8 +137,7 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
     full, new = (encoder, []) if hasattr(encoder, "forward_head") else _whole_model(encoder)
     architecture = full.pretrained_cfg["architecture"]
     arguments = {k: v for k, v in timm_arguments(full).items() if k not in _NOT_MODEL_ARGUMENTS}
-    with torch.device("meta"):
-        again = timm.create_model(architecture, num_classes=full.num_classes, **arguments)
+    again = build_empty(lambda: timm.create_model(architecture, num_classes=full.num_classes, **arguments))
     _check_rebuilt(full, again)
     save_for_hf(full, str(folder), model_args=arguments, safe_serialization=True)
 
@@ -222,9 +220,7 @@ def _last_norms(full: nn.Module, own: Container[str]) -> set[str]:
 def _write_smp_model(model: Any, folder: Path, preprocessing: dict[str, list[float]]) -> CardFacts:
     arguments = {key: value for key, value in model.config.items() if not key.startswith("_")}
     arguments["encoder_weights"] = None  # they are in the model; smp would download them again
-    with torch.device("meta"):
-        again = type(model)(**arguments)
-    _check_rebuilt(model, again)
+    _check_rebuilt(model, build_empty(lambda: type(model)(**arguments)))
     model.save_pretrained(folder)
     _write_json(
         folder / "config.json",
@@ -256,8 +252,8 @@ def _write_task(task: BaseTask, folder: Path) -> CardFacts:
         facts = _write_smp_model(network, folder, preprocessing)
         extra = {key: value for key, value in task.state_dict().items() if not key.startswith("model.")}
     else:
-        with without_encoder_weights(), torch.device("meta"):
-            _check_rebuilt(task, type(task)(**hparams))
+        with without_encoder_weights():
+            _check_rebuilt(task, build_empty(lambda: type(task)(**hparams)))
         facts = CardFacts(kind="task", name=f"{type(task).__name__} on {hparams['encoder']}", **preprocessing)
         extra = {}
         save_file({key: value.contiguous() for key, value in task.state_dict().items()}, folder / "model.safetensors")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import nn
 
-__all__ = ["family_filter", "full_names", "is_timm_model", "timm_arguments", "timm_model", "timm_names"]
+__all__ = ["build_empty", "family_filter", "full_names", "is_timm_model", "timm_arguments", "timm_model", "timm_names"]
+
+T = TypeVar("T", bound=nn.Module)
 
 # Arguments of timm.create_model that choose what is returned of a model, not what the model is.
 _VIEW = ("features_only", "out_indices", "feature_cls", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -28,6 +30,22 @@ def timm_arguments(module: nn.Module) -> dict[str, Any]:
     network = module.model if isinstance(module, TimmUniversalEncoder) else module
     recorded = getattr(network, "_model_args", None) or {}
     return {key: value for key, value in recorded.items() if key not in _VIEW}
+
+
+def build_empty(make: Callable[[], T]) -> T:
+    """Build a model for its names and shapes only, on the meta device if possible.
+
+    Args:
+        make: Builds it.
+
+    Returns:
+        The model; with memory for its values if its constructor computes with its tensors.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except (NotImplementedError, RuntimeError):
+        return make()
 
 
 def timm_model(encoder: nn.Module, kwargs: dict[str, Any] | None = None) -> nn.Module:
@@ -53,11 +71,7 @@ def timm_model(encoder: nn.Module, kwargs: dict[str, Any] | None = None) -> nn.M
     else:
         raise ValueError(f"{type(encoder).__name__} is not a timm model")
     kwargs = {k: v for k, v in (timm_arguments(encoder) if kwargs is None else kwargs).items() if k not in _VIEW}
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, **kwargs)
-    except (NotImplementedError, RuntimeError):  # a constructor that computes with its tensors
-        return timm.create_model(name, **kwargs)
+    return build_empty(lambda: timm.create_model(name, **kwargs))
 
 
 def full_names(names: Iterable[str], full: nn.Module) -> dict[str, str]:

@@ -159,15 +159,27 @@ def check_buildable(
 
     hook = register_module_parameter_registration_hook(limit)
     try:
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                make()
+        except Exception as error:
+            if not _computes(error):
+                raise
+            numbers = count = 0  # with memory, then: a parameter that is too large is refused before it is filled
             make()
     except WeightsError:
         raise
     except Exception as error:  # whatever a constructor makes of arguments that it does not expect
-        if not isinstance(error, NotImplementedError) and "meta" not in str(error):  # it computes with its tensors
-            raise not_buildable(where, error) from error
+        raise not_buildable(where, error) from error
     finally:
         hook.remove()
+
+
+def _computes(error: BaseException) -> bool:
+    """Whether a model could not be built without memory because its constructor computes with its tensors."""
+    if isinstance(error, WeightsError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, NotImplementedError) or (not isinstance(error, WeightsError) and "meta" in str(error))
 
 
 def not_buildable(where: str, error: Exception) -> WeightsError:

@@ -11,10 +11,10 @@ import errno
 import hashlib
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import _http
 
 from lk_backbones._printing import printable, without_credentials
 from lk_backbones.weights.errors import DownloadError
@@ -109,6 +110,12 @@ def fetch_from_hub(repo: str, filename: str, revision: str | None = None) -> Hub
         commit = _commit_of(path, repo)
         if commit is None:
             raise DownloadError(f"{_what(repo, filename)} does not lie in the cache under a commit, but at '{path}'")
+        if commit not in cached and commit not in answers.commits:
+            _remove_from_cache(path)
+            raise DownloadError(
+                f"{_what(repo, filename)} is refused: the answers about it were not seen. This version of "
+                f"huggingface_hub, {huggingface_hub.__version__}, goes ways unknown to lk_backbones; try another one"
+            )
         compared, problem = _compare_with_announced(path, answers.checksum)
         if problem is None and commit not in cached:
             listed, contradiction = _compare_with_listing(path, repo, filename, commit)
@@ -157,13 +164,12 @@ class _Answers:
 
     def __init__(self, repo: str, filename: str, revision: str | None) -> None:
         self.repo, self.filename, self.revision = repo, filename, revision
-        self.thread = threading.get_ident()  # sessions are shared
         self.commits: set[str] = set()
         self.checksum: str | None = None
 
-    def look_at(self, response: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuse an answer by raising: called by the session for each one, redirections too."""
-        if threading.get_ident() != self.thread or response.request.method != "HEAD":
+    def look_at(self, response: Any) -> None:
+        """Refuse an answer by raising; redirections are answers too."""
+        if response.request.method != "HEAD":
             return
         headers = response.headers
         commit = headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)
@@ -197,15 +203,39 @@ class _Answers:
         )
 
 
+# Sessions are shared by threads; each looks at the answers of its own download.
+_looking: ContextVar[_Answers | None] = ContextVar("_looking", default=None)
+
+
+def _show(response: Any, *args: Any, **kwargs: Any) -> None:
+    """Called by every session of the client for each answer."""
+    answers = _looking.get()
+    if answers is not None:
+        answers.look_at(response)
+
+
+def _session() -> Any:
+    """The client's session, which shows its answers.
+
+    It takes the place of the client's own `get_session`: a server can make the client drop its session in the middle of
+    a download, by failing a connection, and the client then asks again with a new one.
+    """
+    session = get_session()
+    hooks: Any = getattr(session, "event_hooks", None) or getattr(session, "hooks", None)  # httpx; requests before 1.0
+    if _show not in hooks["response"]:
+        hooks["response"].append(_show)
+    return session
+
+
 @contextmanager
 def _checked_answers(repo: str, filename: str, revision: str | None) -> Iterator[_Answers]:
-    answers, session = _Answers(repo, filename, revision), get_session()
-    hooks: Any = getattr(session, "event_hooks", None) or getattr(session, "hooks", None)  # httpx; requests before 1.0
-    hooks["response"].append(answers.look_at)
+    _http.get_session = _session
+    answers = _Answers(repo, filename, revision)
+    before = _looking.set(answers)
     try:
         yield answers
     finally:
-        hooks["response"].remove(answers.look_at)
+        _looking.reset(before)
 
 
 # ---- afterwards: is it the file? ----

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,62 @@ def nothing_wrong_is_kept(cache: Path) -> None:
         lock = path.suffix == ".lock" and content == b""
         reference = path.parent.name == "refs" and len(content) == 40
         assert begun or lock or reference or content in right, f"{path} is kept: {content[:50]!r}"
+
+
+@pytest.fixture
+def late(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server refuses connections until the client pauses, so that the client drops its session."""
+    address, handler = hub.server.server_address, hub.server.RequestHandlerClass
+    hub.close()
+    server = ThreadingHTTPServer(address, handler, bind_and_activate=False)  # type: ignore[arg-type]
+    server.daemon_threads = True
+    server.server_bind()  # nobody else gets the port
+
+    def open_and_sleep(seconds: float) -> None:
+        if hub.server is not server:
+            hub.server = server
+            server.server_activate()
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    monkeypatch.setattr("time.sleep", open_and_sleep)
+
+
+@pytest.mark.parametrize(
+    ("lies", "named"),
+    [HEADERS["an ETag that is a path"], HEADERS["a commit that is a path"], HEADERS["a weak ETag"]],
+)
+def test_headers_that_lie_to_a_session_opened_in_the_middle(
+    lies: dict,
+    named: str,
+    hub: LoopbackHub,
+    client: Path,  # noqa: F811
+    late: None,
+    refused: Refused,
+) -> None:
+    """A redirection within the Hub, which clients before 1.0 follow with a new session."""
+    hub.repositories["you/old"] = hub.repositories[REPO]
+    moved = headers(
+        Location=f"/{REPO}/resolve/main/model.safetensors", X_Repo_Commit=hub.repositories[REPO].refs["main"]
+    )
+    with (
+        hub.fault(method="HEAD", path="/you/old/", status=307, headers=moved),
+        hub.fault(method="HEAD", path=f"/{REPO}/", add=lies),
+        hub.fault(method="GET", path="/cdn/", change=lambda content: OTHERS),
+    ):
+        refused(["hub", "pull", "hf-hub:you/old/model.safetensors"], named, leaves=IN_CACHE)
+    nothing_wrong_is_kept(client)
+
+
+def test_answers_that_nobody_has_seen(
+    hub: LoopbackHub,
+    client: Path,  # noqa: F811
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that asks on other ways than those that are known."""
+    monkeypatch.setattr("lk_backbones.weights.download._Answers.look_at", lambda *args: None)
+    refused(["hub", "pull", SOURCE], "the answers about it were not seen", leaves=IN_CACHE)
+    assert not [path for path in client.rglob("blobs/*") if path.is_file()]
 
 
 @pytest.mark.parametrize("commit_given", ["../../../outside", "/tmp/outside", "", "main"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lk_backbones import hub as lk_hub
 from lk_backbones.cli import main
-from lk_backbones.tasks import SegmentationTask
+from lk_backbones.tasks import DetectionTask, SegmentationTask
 from tests.hostile.conftest import Refused
 from tests.hub.conftest import ROOT
 
@@ -351,3 +352,28 @@ def test_a_whole_foreign_encoder_is_published_bit_for_bit(name: str, workspace: 
     card = (Path(folder) / "README.md").read_text(encoding="utf-8")
     assert "large-kernel" not in card
     assert ("head.norm.weight" in card and "new, not trained" in card) == ("convnext" in name)
+
+
+def test_smp_models_and_tasks_of_encoders_that_compute_while_they_are_built(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm's RegNet does, with an operation that torch 2.10 cannot do without memory."""
+    import segmentation_models_pytorch as smp
+
+    def unique(*args: Any, **kwargs: Any) -> Any:
+        if torch.empty(0).is_meta:
+            raise NotImplementedError("aten::_unique2: attempted to run this operator with Meta tensors")
+        return original(*args, **kwargs)
+
+    original = torch.unique
+    monkeypatch.setattr(torch, "unique", unique)
+    x = torch.rand(1, 3, 64, 64)
+    model = smp.FPN("tu-regnetx_002", encoder_weights=None).eval()
+    assert torch.equal(lk_hub.load_model(lk_hub.push(model, "you/smp", dry_run=True))(x), model(x))
+    task = DetectionTask("fcos", "tu-regnetx_002", num_classes=2)
+    again = lk_hub.load_model(lk_hub.push(task, "you/task", dry_run=True))
+    assert again.state_dict().keys() == task.state_dict().keys()
+    config = Path("smp/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"decoder_pyramid_channels": 1_000_000}))
+    with pytest.raises(lk_hub.WeightsError, match="far larger than its weights can be"):
+        lk_hub.load_model("smp")
