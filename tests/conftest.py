@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from safetensors.torch import load_file
 import lk_backbones
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Processes that compute with more threads than there are cores wait for each other most of the time.
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def count_parameters(name: str) -> int:
