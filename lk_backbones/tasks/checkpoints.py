@@ -1,5 +1,6 @@
 """Checkpoints that survive what ends a run: a kill, a full disk, a request to terminate."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lk_backbones.tasks.files import UNFINISHED, write_atomically
+from lk_backbones.weights.arguments import shorten
+from lk_backbones.weights.errors import WeightsError
 
 __all__ = ["AtomicCheckpointIO", "SafeCheckpoints"]
 
@@ -99,6 +102,28 @@ class SafeCheckpoints(L.Callback):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep a checkpoint from naming what a run would remove or overwrite as its own earlier checkpoints.
+
+        `ModelCheckpoint` takes the paths of the earlier ones from the file. Lightning then removes whatever lies at
+        them, folders included, if it has another protocol than ``file`` or begins with the run's folder.
+        """
+        states = checkpoint.get("callbacks")
+        for keeper in trainer.checkpoint_callbacks:
+            state = states.get(keeper.state_key) if isinstance(states, dict) else None
+            if not isinstance(keeper, ModelCheckpoint) or state is None:
+                continue
+            if not isinstance(state, dict) or not isinstance(state.get("best_k_models", {}), dict):
+                raise WeightsError(f"{trainer.ckpt_path}: its state of {type(keeper).__name__} is {shorten(state)}")
+            best = state.get("best_model_path")
+            state["best_model_path"] = best if _is_plain(best, keeper) or _is_of(best, keeper) else ""
+            for key in ("kth_best_model_path", "last_model_path"):
+                if key in state:
+                    state[key] = state[key] if _is_of(state[key], keeper) else ""
+            if "best_k_models" in state:
+                models = state["best_k_models"]
+                state["best_k_models"] = {path: score for path, score in models.items() if _is_of(path, keeper)}
+
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -123,6 +148,20 @@ class SafeCheckpoints(L.Callback):
                     callback.on_validation_epoch_end(trainer, pl_module)  # gives the trained weights back
         trainer.save_checkpoint(path)
         rank_zero_info(f"Terminated by SIGTERM. To go on where the run has stopped: --ckpt_path {path}")
+
+
+def _is_plain(path: object, keeper: ModelCheckpoint) -> bool:
+    """Whether a path is one of a checkpoint on this machine, and what it begins with is where it lies."""
+    named = isinstance(path, str) and path.endswith(keeper.FILE_EXTENSION) and ".." not in Path(path).parts
+    return named and "://" not in str(path) and "::" not in str(path)
+
+
+def _is_of(path: object, keeper: ModelCheckpoint) -> bool:
+    """Whether a path is one of a checkpoint in the folder, or below the address, that a callback saves in."""
+    if not isinstance(path, str) or not keeper.dirpath:
+        return False
+    rest = path.removeprefix(os.fspath(keeper.dirpath))
+    return rest != path and rest.startswith(("/", os.sep)) and _is_plain(rest, keeper)
 
 
 def _last_path(trainer: L.Trainer) -> str | None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lk_backbones import hub
@@ -476,7 +478,53 @@ def test_weights_alone_and_a_resumed_run_heed_nothing_of_it(
     assert list(Path("out").rglob("*.ckpt"))
 
 
+# What the state of ModelCheckpoint calls its own earlier checkpoints; `C` is a folder of the user's.
+EARLIER = {
+    "another protocol": "local://{C}",
+    "a chain of protocols": "simplecache::local://{C}/thesis.ckpt",
+    "through the run's folder": "out/checkpoints/../../{name}/thesis.ckpt",
+    "nothing like a path": 5,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"monitor": "step", "mode": "max", "save_last": True}], ids=["newest", "best"])
+@pytest.mark.parametrize("path", EARLIER.values(), ids=EARLIER)
+def test_a_resumed_run_removes_nothing_of_the_users(
+    path: Any, options: dict[str, Any], content: Content, workspace: Path
+) -> None:
+    mine = workspace / "mine"
+    mine.mkdir()
+    (mine / "thesis.ckpt").write_bytes(b"years of work")
+    forged = path.format(C=mine, name="mine") if isinstance(path, str) else path
+    keeper = ModelCheckpoint(**options)
+    state = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), forged)
+    worst = torch.tensor(-1.0)
+    state |= {"dirpath": "out/checkpoints", "best_model_score": worst, "kth_value": worst}
+    content["callbacks"] = {keeper.state_key: state | {"best_k_models": {forged: worst}}}
+    torch.save(content, "evil.ckpt")
+    task = SegmentationTask.load_from_checkpoint("evil.ckpt")
+    data = SyntheticScenesDataModule.load_from_checkpoint("evil.ckpt")
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=2, limit_val_batches=0, num_sanity_val_steps=0, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir="out", callbacks=[keeper],
+    )  # fmt: skip
+    trainer.fit(task, data, ckpt_path="evil.ckpt", weights_only=True)
+    assert trainer.global_step == 2
+    assert (mine / "thesis.ckpt").read_bytes() == b"years of work"
+    assert list(Path("out").rglob("*.ckpt"))
+
+
 # ---- what remains allowed ----
+
+
+def test_a_resumed_run_still_replaces_its_own(trained: Path, workspace: Path) -> None:
+    quiet = [*FIT[:-1], "1", "--trainer.default_root_dir", "out"]
+    main(["fit", *quiet])
+    (first,) = Path("out").rglob("*.ckpt")
+    shutil.copy(first, "copy.ckpt")
+    main(["fit", *quiet, "--trainer.max_steps", "2", "--ckpt_path", "copy.ckpt"])
+    (second,) = Path("out").rglob("*.ckpt")
+    assert second != first
 
 
 def test_classes_that_a_user_names_are_built(trained: Path, workspace: Path) -> None:
