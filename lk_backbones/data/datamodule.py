@@ -28,6 +28,7 @@ from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.saved import (
     build_saved,
     checked_arguments,
+    constructor_parameters,
     find_class,
     fits,
     own_classes,
@@ -138,7 +139,11 @@ def saved_data(
     if not isinstance(values, Mapping):
         raise WeightsError(f"{where}: there are none, so it does not say what data it is for: name them, with --data")
     known: Any = own_classes(data, PictureDataModule)
-    found = find_class(cls or PictureDataModule, values.get("_class_path"), known, where, "--data")
+    # a bare trainer does not note the class, but keeps the state of our data modules under its name
+    class_path = values.get("_class_path", next((name for name in known if name in checkpoint), None))
+    if class_path is None and cls is None:
+        raise WeightsError(f"{where}: they do not name the class of their data module: do so, with --data or --config")
+    found = find_class(cls or PictureDataModule, class_path, known, where, "--data")
     return found, checked_arguments(found, values, where), where
 
 
@@ -403,6 +408,10 @@ def keep_hyperparameters(module: LightningDataModule) -> None:
         ValueError: An argument is infinite or NaN.
     """
     module.save_hyperparameters(logger=False)
+    own = constructor_parameters(type(module), resolve=False)
+    # Lightning also takes what a constructor passes on to its parents and does not let others choose
+    for name in [name for name in module.hparams if name not in own and not name.startswith("_")]:
+        del module.hparams[name]
     module.hparams.update({k: os.fspath(v) for k, v in module.hparams.items() if isinstance(v, os.PathLike)})
     require_finite(module.hparams)
 

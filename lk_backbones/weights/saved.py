@@ -188,11 +188,12 @@ def _names(name: str, cls: type) -> tuple[str, ...]:
     return name, f"{package}.{name}", f"{cls.__module__}.{name}"
 
 
-def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+def constructor_parameters(cls: type, resolve: bool = True) -> dict[str, inspect.Parameter]:
     """Keyword arguments of a class's constructor, those that it passes on to its parents included.
 
     Args:
         cls: The class.
+        resolve: Whether annotations are needed, which has to import what they name.
 
     Returns:
         Parameters by name, with resolved annotations.
@@ -202,7 +203,7 @@ def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
         constructor = base.__dict__.get("__init__")
         if constructor is None:
             continue
-        hints = get_type_hints(constructor)
+        hints = get_type_hints(constructor) if resolve else {}
         own = list(inspect.signature(constructor).parameters.values())[1:]
         for parameter in own:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
