@@ -178,7 +178,8 @@ def _unpickle(file: Path) -> Any:
                 f"torch.load(FILE, weights_only=False)['state_dict'], 'weights.safetensors')"
             ) from error
         raise WeightsError(
-            f"'{file}' cannot be read as weights: {_first_line(error)}. It is truncated or no weight file; "
+            # torch's own text advises to unpickle the file, which would run what is in it
+            f"'{file}' cannot be read as weights. It is truncated or no weight file; "
             f"{', '.join(WEIGHT_SUFFIXES)} are understood"
         ) from error
 
