@@ -18,7 +18,7 @@ from lightning.pytorch.core.saving import load_hparams_from_yaml
 from PIL import Image
 
 from lk_backbones.cli import main
-from lk_backbones.data import PictureFolderDataModule
+from lk_backbones.data import PictureFolderDataModule, SyntheticScenesDataModule
 from lk_backbones.tasks import SegmentationTask
 
 TINY = [
@@ -74,6 +74,44 @@ def test_a_checkpoint_alone_validates_to_the_same_numbers(
     second = capsys.readouterr().out
     assert "mean IoU" in first
     assert [line for line in first.splitlines() if "│" in line] == [line for line in second.splitlines() if "│" in line]
+
+
+def test_a_checkpoint_of_a_bare_trainer_knows_its_data_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **quiet)
+    task = SegmentationTask("fpn", "replknet_31n", num_classes=9, encoder_kwargs=KWARGS)
+    images = {"train_images": 2, "val_images": 1, "test_images": 1}
+    data = SyntheticScenesDataModule(image_size=(64, 64), batch_size=2, num_workers=0, **images)
+    trainer.fit(task, data)
+    trainer.save_checkpoint("bare.ckpt", weights_only=False)
+    options = [*TINY, "--trainer.logger", "false"]
+    main(["test", "--ckpt_path", "bare.ckpt", *options, "--overlays.directory", "out"])
+    assert "mean IoU" in capsys.readouterr().out
+    assert len(list(Path("out").rglob("*.png"))) == 1
+
+    content = torch.load("bare.ckpt", weights_only=True)
+    del content["SyntheticScenesDataModule"]  # as with a data module of the user's own
+    torch.save(content, "foreign.ckpt")
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", "foreign.ckpt", *options])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "do not name the class of their data module: do so, with --data or --config" in error
+
+
+@pytest.mark.parametrize("logger", ["false", "CSVLogger"])
+def test_a_configuration_that_the_user_wrote_is_not_written_over(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lie where a run without a logger, or one with a logger that has no folder per run, puts its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("trainer: {max_epochs: 0} # mine\n")
+    given = ["--trainer.logger", logger, "--trainer.default_root_dir", "."]
+    given += ["--trainer.logger.save_dir", ".", "--trainer.logger.name", "", "--trainer.logger.version", ""]
+    main(["fit", "--config", "config.yaml", *SCENES, *TINY, *(given if logger != "false" else given[:2])])
+    assert Path("config.yaml").read_text() == "trainer: {max_epochs: 0} # mine\n"
 
 
 def test_flags_win_over_the_checkpoint(

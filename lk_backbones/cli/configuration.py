@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lk_backbones.data
 import lk_backbones.tasks
@@ -19,7 +21,33 @@ from lk_backbones.tasks import BaseTask
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.saved import constructor_parameters, own_classes
 
-__all__ = ["Parser", "Trainer", "reason_of"]
+__all__ = ["Parser", "SaveConfig", "Trainer", "reason_of"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save a run's configuration into its logger's folder, and never over a file that is there.
+
+    Without a logger Lightning takes the current folder, and several loggers name it as theirs: what is called
+    ``config.yaml`` there may be the very file that the user wrote.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save it, once; see `lightning.pytorch.cli.SaveConfigCallback`.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its model.
+            stage: What it is about to do.
+        """
+        folder = trainer.log_dir if trainer.loggers and not self.already_saved else None
+        if folder is None:
+            return
+        path = os.path.join(folder, self.config_filename)
+        if trainer.strategy.broadcast(trainer.is_global_zero and get_filesystem(folder).exists(path)):
+            rank_zero_warn(f"{path} exists and stays as it is: this run's configuration is not saved")
+            self.already_saved = True
+            return
+        super().setup(trainer, pl_module, stage)
 
 
 class Trainer(pl.Trainer):

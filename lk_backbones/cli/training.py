@@ -37,9 +37,9 @@ def run(args: list[str]) -> None:
     # Imported here: `models` and a mistyped command need not wait for Lightning.
     from jsonargparse import Namespace
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from lk_backbones.cli.configuration import Parser, Trainer, reason_of
+    from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
     from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
@@ -94,9 +94,8 @@ def run(args: list[str]) -> None:
             parser_class=Parser,
             auto_configure_optimizers=False,
             # What is restored has no configuration: a file that named it would let a checkpoint name classes.
-            save_config_callback=None if saved else SaveConfigCallback,
+            save_config_callback=None if saved else SaveConfig,
             load_from_checkpoint_support=not saved,
-            save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "lk-backbones"},
             args=args,
         )
