@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torchmetrics.detection import MeanAveragePrecision
 
-from lk_backbones.tasks.detection_metrics import DetectionMetrics
-from lk_backbones.tasks.masks import encode_masks
+from lk_backbones.metrics.detection import DetectionMetrics
+from lk_backbones.metrics.masks import encode_masks
 
 
 class Plain(MeanAveragePrecision):

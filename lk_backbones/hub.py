@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
-from lk_backbones._hub.build import build_model
-from lk_backbones._hub.folder import check_target, new_folder
-from lk_backbones._hub.layout import RepositoryInfo, write_repository
-from lk_backbones.encoders.loading import find_encoder, is_dense_model, load_encoder
+from lk_backbones.encoders._loading import find_encoder, is_dense_model, load_encoder
+from lk_backbones.repository.build import build_model
+from lk_backbones.repository.folder import check_target, new_folder
+from lk_backbones.repository.layout import RepositoryInfo, write_repository
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.openmmlab import openmmlab_state_dict, unused_keys
 from lk_backbones.weights import (

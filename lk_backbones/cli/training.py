@@ -261,7 +261,7 @@ def _pictures(args: list[str], checkpoint: dict[str, Any] | None) -> list[str]:
     folder = _option(args, "--pictures")
     if args[0] != "predict" or folder is None:
         return args
-    from lk_backbones.data.pictures import evaluation_arguments
+    from lk_backbones.data.picture_folder import evaluation_arguments
 
     evaluation = evaluation_arguments(checkpoint or {}, _option(args, "--ckpt_path"))
     data = ["--data", "PictureFolderDataModule", "--data.folder", folder, "--data.batch_size", "1"]

@@ -11,10 +11,10 @@ from lk_backbones.data.cityscapes import CityscapesDataModule
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
 from lk_backbones.data.coco import CocoDataModule
 from lk_backbones.data.detection import DetectionDataModule, DetectionDataset
-from lk_backbones.data.folder import SegmentationFolderDataModule
-from lk_backbones.data.pictures import PictureFolderDataModule
-from lk_backbones.data.scenes import SyntheticScenesDataModule, SyntheticScenesDetectionDataModule
+from lk_backbones.data.picture_folder import PictureFolderDataModule
+from lk_backbones.data.scenes.datamodules import SyntheticScenesDataModule, SyntheticScenesDetectionDataModule
 from lk_backbones.data.segmentation import SegmentationDataModule, SegmentationDataset
+from lk_backbones.data.segmentation_folder import SegmentationFolderDataModule
 
 __all__ = [
     "IGNORE_INDEX",

@@ -30,7 +30,7 @@ class ADE20KDataModule(SegmentationDataModule):
         crop_size: ``(height, width)`` of training crops, or one number for both.
         base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1.
         test_size: ``(long side, short side)`` that pictures are fitted into for evaluation.
-        **kwargs: See :class:`SegmentationDataModule`.
+        **kwargs: See `SegmentationDataModule`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ADE20KDataModule(SegmentationDataModule):
         return load_table("ade20k")
 
     def make_dataset(self, split: Split) -> FileSegmentationDataset:
-        """See :meth:`SegmentationDataModule.make_dataset`."""
+        """See `SegmentationDataModule.make_dataset`."""
         folder = _FOLDERS[split]
         image_folder, mask_folder = self.root / "images" / folder, self.root / "annotations" / folder
         require_folders(self.root, [f"images/{folder}", f"annotations/{folder}"], _LAYOUT)

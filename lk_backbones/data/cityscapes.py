@@ -34,7 +34,7 @@ class CityscapesDataModule(SegmentationDataModule):
         crop_size: ``(height, width)`` of training crops, or one number for both.
         base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1. None: their own size.
         test_size: ``(long side, short side)`` that pictures are fitted into for evaluation. None: as they are.
-        **kwargs: See :class:`SegmentationDataModule`.
+        **kwargs: See `SegmentationDataModule`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CityscapesDataModule(SegmentationDataModule):
         return "test" if (self.root / "leftImg8bit" / "test").is_dir() else "val"
 
     def make_dataset(self, split: Split) -> FileSegmentationDataset:
-        """See :meth:`SegmentationDataModule.make_dataset`."""
+        """See `SegmentationDataModule.make_dataset`."""
         training = split == "train"
         transform = self.train_transform() if training else self.eval_transform()
         image_folder, mask_folder = self.root / "leftImg8bit" / split, self.root / "gtFine" / split

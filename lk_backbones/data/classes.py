@@ -26,7 +26,7 @@ class ClassTable:
         names: Class names in the order of the class index (0 to ``num_classes - 1``).
         colors: One RGB colour (0 to 255 each) per class.
         class_of_label: Class index of every value that may stand in a label file. Values that map to
-            :data:`IGNORE_INDEX` are ignored; values that are absent are errors.
+            `IGNORE_INDEX` are ignored; values that are absent are errors.
     """
 
     names: tuple[str, ...]

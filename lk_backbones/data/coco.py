@@ -33,8 +33,8 @@ class CocoDataset(DetectionDataset):
         folder: Folder that the file's ``file_name`` is relative to.
         masks: Whether there are masks.
         places: Which of the file's pictures there are, int64 `(N,)`.
-        transform: See :class:`~lk_backbones.data.detection.DetectionDataset`.
-        training: See :class:`~lk_backbones.data.detection.DetectionDataset`.
+        transform: See `DetectionDataset`.
+        training: See `DetectionDataset`.
         allow_outside: Whether a symbolic link in the folder may lead out of it.
     """
 
@@ -99,16 +99,16 @@ class CocoDataset(DetectionDataset):
         )
 
     def load(self, index: int) -> tuple[np.ndarray, Objects]:
-        """See :meth:`~lk_backbones.data.detection.DetectionDataset.load`."""
+        """See `load`."""
         picture, objects = self.read(index)
         return picture, objects.drawn()
 
     def blank(self, index: int) -> tuple[np.ndarray, Objects]:
-        """See :meth:`~lk_backbones.data.detection.DetectionDataset.blank`."""
+        """See `blank`."""
         return np.zeros((*self.size(index), 3), np.uint8), self.objects(index)
 
     def read(self, index: int) -> tuple[np.ndarray, Objects]:
-        """See :meth:`~lk_backbones.data.detection.DetectionDataset.read`.
+        """See `read`.
 
         Annotations refer to the picture as it is displayed or, where only that fits the annotation file's width and
         height, as it is stored: some data sets were annotated without regard to the EXIF orientation.
@@ -219,7 +219,7 @@ class CocoDataModule(DetectionDataModule):
         check_files: What to look at in ``setup``: ``"headers"``, that all pictures exist and their sizes agree with the
             annotations; ``"full"``, also that every picture and mask can be read; ``"auto"``, full for splits of up to
             1000 pictures, else that all pictures exist; ``"off"``. Annotation files are always checked in full.
-        **kwargs: See :class:`DetectionDataModule`.
+        **kwargs: See `DetectionDataModule`.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class CocoDataModule(DetectionDataModule):
 
     @property
     def has_masks(self) -> bool:
-        """Whether targets have masks; known after :meth:`setup`."""
+        """Whether targets have masks; known after `setup`."""
         return self.masks is not False and all(dataset.masks for dataset in self._datasets.values())
 
     def load_classes(self) -> ClassTable:
@@ -297,7 +297,7 @@ class CocoDataModule(DetectionDataModule):
         return self._files[split]
 
     def make_dataset(self, split: Split) -> CocoDataset:
-        """See :meth:`DetectionDataModule.make_dataset`."""
+        """See `DetectionDataModule.make_dataset`."""
         file = self._file(split)
         if file.table.class_of_label != self.classes.class_of_label or file.table.names != self.classes.names:
             raise ValueError(

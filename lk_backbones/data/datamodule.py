@@ -71,7 +71,7 @@ class PictureDataset(Dataset[Any], ABC):
         """
 
     def augment(self, key: int | SampleKey, **targets: Any) -> dict[str, Any]:
-        """Runs the pipeline; with a :class:`SampleKey` the augmentation is the one of that seed."""
+        """Runs the pipeline; with a `SampleKey` the augmentation is the one of that seed."""
         seed = key.seed if isinstance(key, SampleKey) else derive_seed(key)
         # One stream for the whole pipeline. set_random_seed() would start every transform's own stream with the same
         # seed, and then a picture would be flipped if and only if it is brightened.
@@ -154,8 +154,8 @@ class ImageDataModule(PictureDataModule, ABC):
     resumed from any checkpoint sees what an undisturbed one sees. Evaluation loaders give every picture exactly once,
     also under DDP.
 
-    A subclass gives :meth:`load_classes`, :meth:`make_dataset` and :meth:`collate`, and says which splits it has. Data
-    sets and :meth:`collate` go to the loading processes, pickled where these are not forked: they must not refer to the
+    A subclass gives `load_classes`, `make_dataset` and `collate`, and says which splits it has. Data
+    sets and `collate` go to the loading processes, pickled where these are not forked: they must not refer to the
     data module, which would take the trainer along.
 
     Args:
@@ -281,10 +281,10 @@ class ImageDataModule(PictureDataModule, ABC):
                 self._datasets[split] = dataset
 
     def dataset(self, split: Split) -> Any:
-        """Returns the data set of a split that :meth:`setup` has made.
+        """Returns the data set of a split that `setup` has made.
 
         Raises:
-            RuntimeError: :meth:`setup` was not called for it.
+            RuntimeError: `setup` was not called for it.
         """
         if split not in self._datasets:
             raise RuntimeError(f"The {split} split is not set up: call setup() first (a Trainer does).")

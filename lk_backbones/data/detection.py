@@ -71,7 +71,7 @@ class UnreadablePicture(ValueError):
 class DetectionDataset(PictureDataset):
     """A map-style data set of pictures with boxes and, if wanted, masks.
 
-    Its pipeline takes in training what :func:`~lk_backbones.data.detection_transforms.detection_train_transform` takes,
+    Its pipeline takes in training what `detection_train_transform` takes,
     in evaluation ``image``, of which it must not change the size.
     """
 
@@ -92,7 +92,7 @@ class DetectionDataset(PictureDataset):
         """
 
     def read(self, index: int) -> tuple[np.ndarray, Objects]:
-        """Returns what :meth:`load` does, with masks that are not drawn yet where the data set has outlines."""
+        """Returns what `load` does, with masks that are not drawn yet where the data set has outlines."""
         return self.load(index)
 
     def blank(self, index: int) -> tuple[np.ndarray, Objects]:
@@ -108,7 +108,7 @@ class DetectionDataset(PictureDataset):
         """Returns width / height of a picture, without reading it."""
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Returns one picture and its target; with a :class:`SampleKey` the augmentation is the one of that seed."""
+        """Returns one picture and its target; with a `SampleKey` the augmentation is the one of that seed."""
         index = key.sample if isinstance(key, SampleKey) else key
         unreadable: UnreadablePicture | None = None
         try:
@@ -173,11 +173,11 @@ def collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
 class DetectionDataModule(ImageDataModule):
     """Base of the detection data modules.
 
-    Training pictures are augmented as published (see :mod:`lk_backbones.data.detection_transforms`), evaluation gives
+    Training pictures are augmented as published (see `lk_backbones.data.detection_transforms`), evaluation gives
     them whole, at their original size. Order, augmentation and the loaders are those of every data module
-    (:class:`~lk_backbones.data.datamodule.ImageDataModule`).
+    (`ImageDataModule`).
 
-    A subclass gives :meth:`load_classes` and :meth:`make_dataset`, and says which splits it has.
+    A subclass gives `load_classes` and `make_dataset`, and says which splits it has.
 
     Args:
         batch_size: Training pictures per device.
@@ -241,7 +241,7 @@ class DetectionDataModule(ImageDataModule):
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """See :meth:`~lk_backbones.data.datamodule.ImageDataModule.setup`.
+        """See `setup`.
 
         A picture that cannot be read is an error in training and its validation. Everywhere else it is skipped: the
         other pictures' results are not to be lost.
@@ -253,7 +253,7 @@ class DetectionDataModule(ImageDataModule):
 
     @property
     def has_masks(self) -> bool:
-        """Whether targets have masks; known after :meth:`setup`."""
+        """Whether targets have masks; known after `setup`."""
         return True
 
     @property
@@ -263,7 +263,7 @@ class DetectionDataModule(ImageDataModule):
 
     @staticmethod
     def collate(samples: list[Any]) -> Batch:
-        """See :func:`collate`."""
+        """See `collate`."""
         return collate(samples)
 
     def make_sampler(self, dataset: DetectionDataset) -> TrainingSampler:

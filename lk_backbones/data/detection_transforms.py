@@ -6,7 +6,7 @@ within 1333; every other picture is cropped before.
 
 Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the detector
 normalises. Boxes are `(N, 4)` corners in pixels, masks uint8 `(N, H, W)`. Instead of masks the transforms take a
-``frame`` (see :mod:`lk_backbones.data.outlines`), by which masks can be drawn once, afterwards.
+``frame`` (see `lk_backbones.data.outlines`), by which masks can be drawn once, afterwards.
 """
 
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ def detection_train_transform(
         crop_range: Smallest and largest side of that crop.
         flip_probability: Share of pictures that are mirrored, left to right.
         color_jitter: Whether to distort colours, which the published detectors do not; see
-            :func:`~lk_backbones.data.transforms.photometric_distortion`.
+            `photometric_distortion`.
 
     Returns:
         A transform that takes ``image``, ``bboxes``, ``places`` (a number per box, by which one knows afterwards which

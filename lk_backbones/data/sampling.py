@@ -42,7 +42,7 @@ class TrainingSampler(DistributedSampler[Any]):
     Attributes:
         start: Number of this process's samples to leave out at the head of the epoch, because they were seen before
             a restart. The length stays that of the whole epoch, as Lightning counts that way.
-        is_announced: Whether :meth:`set_epoch` was called since the last epoch began.
+        is_announced: Whether `set_epoch` was called since the last epoch began.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0):
@@ -131,7 +131,7 @@ class TrainingLoader(DataLoader[Any]):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing; see :meth:`state_dict`."""
+        """Does nothing; see `state_dict`."""
 
 
 def evaluation_loader(

@@ -8,7 +8,7 @@ A batch is a dictionary:
 - ``path``: list of the N picture files (or names, where pictures are made up).
 - ``original_size``: list of N tuples `(H, W)`; in evaluation only.
 - ``scaled``: for test-time augmentation over scales, a list of uint8 `(N, 3, h, w)`, the original pictures at every
-  scale of the test size; see :meth:`SegmentationDataModule.set_test_scales`.
+  scale of the test size; see `SegmentationDataModule.set_test_scales`.
 """
 
 from abc import abstractmethod
@@ -59,7 +59,7 @@ class SegmentationDataset(PictureDataset):
         """
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        """Returns one sample; with a :class:`SampleKey` the augmentation is the one of that seed."""
+        """Returns one sample; with a `SampleKey` the augmentation is the one of that seed."""
         index = key.sample if isinstance(key, SampleKey) else key
         image, mask = self.load(index)
         if not self.training:
@@ -80,8 +80,8 @@ class FileSegmentationDataset(SegmentationDataset):
         images: Image files.
         masks: The mask file of each, or None when there are none.
         table: Classes, and the meaning of the values in the mask files.
-        transform: See :class:`SegmentationDataset`.
-        training: See :class:`SegmentationDataset`.
+        transform: See `SegmentationDataset`.
+        training: See `SegmentationDataset`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class FileSegmentationDataset(SegmentationDataset):
         return len(self.images)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """See :meth:`SegmentationDataset.load`."""
+        """See `SegmentationDataset.load`."""
         image = read_image(self.images[index])
         if self.masks is None:
             return image, None
@@ -111,7 +111,7 @@ class FileSegmentationDataset(SegmentationDataset):
         return image, labels_to_classes(self.masks[index], labels, self.table, self._lookup)
 
     def path(self, index: int) -> str:
-        """See :meth:`SegmentationDataset.path`."""
+        """See `SegmentationDataset.path`."""
         return str(self.images[index])
 
     def check(self, level: CheckLevel) -> None:
@@ -157,17 +157,17 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 class SegmentationDataModule(ImageDataModule):
     """Base of the semantic segmentation data modules.
 
-    Training batches are augmented as published for the large-kernel families (see :mod:`lk_backbones.data.transforms`);
+    Training batches are augmented as published for the large-kernel families (see `lk_backbones.data.transforms`);
     their order and augmentation depend on the seed, the epoch and the position alone, so a run resumed from any
     checkpoint sees what an undisturbed one sees. Evaluation loaders give every picture exactly once, also under DDP.
 
-    A subclass gives :meth:`load_classes` and :meth:`make_dataset`, and says which splits it has.
+    A subclass gives `load_classes` and `make_dataset`, and says which splits it has.
 
     Args:
         batch_size: Training crops per device.
         val_batch_size: Pictures per device in validation, test and prediction. More than 1 needs pictures of one size.
         num_workers: Loading processes per loader. None: as many as there are CPU cores for this process, at most 4.
-            See :class:`~lk_backbones.data.datamodule.ImageDataModule` for how they are started.
+            See `ImageDataModule` for how they are started.
         crop_size: ``(height, width)`` of training crops, or one number for both.
         scale_range: Smallest and largest ratio of the random resizing.
         base_size: ``(long side, short side)`` that pictures are fitted into at ratio 1. None: their own size.
@@ -229,7 +229,7 @@ class SegmentationDataModule(ImageDataModule):
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """See :meth:`~lk_backbones.data.datamodule.ImageDataModule.setup`."""
+        """See `setup`."""
         super().setup(stage)
         self.set_test_scales(self._test_scales)
 
@@ -249,7 +249,7 @@ class SegmentationDataModule(ImageDataModule):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See :func:`collate`."""
+        """See `collate`."""
         return collate(samples)
 
     def train_transform(self) -> A.Compose:
@@ -263,6 +263,6 @@ class SegmentationDataModule(ImageDataModule):
 
         Args:
             scale: For a copy of test-time augmentation, its scale; see
-                :func:`~lk_backbones.data.transforms.eval_transform`.
+                `eval_transform`.
         """
         return eval_transform(self.test_size, scale)

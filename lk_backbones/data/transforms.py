@@ -2,7 +2,7 @@
 
 The training pipeline is the one of mmsegmentation, with which the published numbers of RepLKNet and its successors
 were made: resize by a random ratio, crop with at most 75 % of one class, flip, distort colours, pad. It differs in one
-point: see :func:`photometric_distortion`.
+point: see `photometric_distortion`.
 
 Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the task
 normalises. Masks are uint8 class indices `(H, W)`, 255 where there is none.

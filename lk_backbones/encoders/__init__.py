@@ -1,6 +1,8 @@
 """Encoder families, each a timm-native model in a file of its own; importing this package registers them all."""
 
-from lk_backbones.encoders import replknet, smp
-from lk_backbones.encoders.registry import list_encoders
+from lk_backbones.encoders import _smp, replknet
+from lk_backbones.encoders._registry import list_encoders
 
-__all__ = ["list_encoders", "replknet", "smp"]
+__all__ = ["list_encoders", "replknet"]
+
+_smp.register_with_smp()  # once all families are registered

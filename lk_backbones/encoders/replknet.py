@@ -19,7 +19,7 @@ from timm.layers import ClassifierHead, DropPath, create_act_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 
-from lk_backbones.encoders.registry import register_encoder
+from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
 from lk_backbones.layers.reparam import (
     ConvNorm,

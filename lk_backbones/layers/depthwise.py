@@ -20,7 +20,7 @@ torch.fx.wrap("depthwise_conv2d")
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d`` restricted to depthwise convolutions, computed by :func:`lk_backbones.ops.depthwise_conv2d`.
+    """``nn.Conv2d`` restricted to depthwise convolutions, computed by `lk_backbones.ops.depthwise_conv2d`.
 
     Same constructor, parameters and state dict as ``nn.Conv2d``. Where the op does not apply (a stride, padding that
     changes the map's size, padding with other than zeros, an even kernel) it is ``nn.Conv2d``; under TorchScript and
@@ -65,7 +65,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def replace_depthwise(model: ModuleType) -> ModuleType:
-    """Make every depthwise ``nn.Conv2d`` of ``model`` a :class:`DepthwiseConv2d`, in place.
+    """Make every depthwise ``nn.Conv2d`` of ``model`` a `DepthwiseConv2d`, in place.
 
     Parameters, hooks, state dict and outputs stay the same. Subclasses of ``nn.Conv2d`` are left alone, as their
     forward may differ.

@@ -22,7 +22,7 @@ class PackedConv2d(nn.Conv2d):
     The copy takes as much memory as the weight, is made at the first call that can use it (float32, channels_last, no
     gradient wanted) and made anew when the weight has changed, but for a change through ``weight.data``, which PyTorch
     does not count. State dict, copies and pickles are as without it. Where the copy cannot be used, the layer computes
-    what its parts would. :func:`pack` makes one of an existing layer.
+    what its parts would. `pack` makes one of an existing layer.
 
     Args:
         *args: As ``nn.Conv2d``.
@@ -83,7 +83,7 @@ class PackedConv2d(nn.Conv2d):
 
 
 class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
-    """:class:`PackedConv2d` for :class:`~lk_backbones.layers.PointwiseConv2d`."""
+    """`PackedConv2d` for `PointwiseConv2d`."""
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
 
 
 class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
-    """:class:`PackedConv2d` for :class:`~lk_backbones.layers.DepthwiseConv2d`, but for what runs through transforms."""
+    """`PackedConv2d` for `DepthwiseConv2d`, but for what runs through transforms."""
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
 
     Args:
         conv: A convolution.
-        act: An activation that :func:`fuses` takes, or ``None`` for none.
+        act: An activation that `fuses` takes, or ``None`` for none.
 
     Returns:
         Whether there is a packed layer for it; subclasses, whose forward may differ, are left alone.
@@ -132,7 +132,7 @@ def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
 
 
 def unpack(conv: nn.Module) -> nn.Module:
-    """Undo :func:`pack`: turn ``conv`` itself, hooks and all, into the layer that it was before.
+    """Undo `pack`: turn ``conv`` itself, hooks and all, into the layer that it was before.
 
     Args:
         conv: A convolution; one that is not packed stays as it is.

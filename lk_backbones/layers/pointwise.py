@@ -18,7 +18,7 @@ torch.fx.wrap("pointwise_conv2d")
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d`` restricted to dense 1×1 kernels, computed by :func:`lk_backbones.ops.pointwise_conv2d`.
+    """``nn.Conv2d`` restricted to dense 1×1 kernels, computed by `lk_backbones.ops.pointwise_conv2d`.
 
     Same constructor, parameters and state dict as ``nn.Conv2d``. With a stride, padding or groups it is ``nn.Conv2d``;
     under TorchScript and in exported models it is always.

@@ -1,7 +1,7 @@
 """Structural re-parameterisation: train with parallel branches and norms, deploy one convolution.
 
 Every foldable module here has ``reparameterize()``, the hook that ``timm.utils.reparameterize_model`` calls, so timm's
-function and :func:`reparameterize` below do the same. A fold computes in float64, on the CPU whatever the device, and
+function and `reparameterize` below do the same. A fold computes in float64, on the CPU whatever the device, and
 never changes the function that the module computes in ``eval()`` mode.
 """
 
@@ -190,14 +190,14 @@ class ConvNorm(nn.Module):
             self.act = nn.Identity()
 
     def unpack(self) -> None:
-        """Undo the packing, not the folding, of :meth:`prepack`, in place."""
+        """Undo the packing, not the folding, of `prepack`, in place."""
         act = unpack(self.conv)
         if not isinstance(act, nn.Identity):
             self.act = act
 
 
 class InputConvNorm(ConvNorm):
-    """The :class:`ConvNorm` that an encoder starts with: it decides the memory format of the whole network.
+    """The `ConvNorm` that an encoder starts with: it decides the memory format of the whole network.
 
     PyTorch's operators keep a map's memory format, so no layer after this one copies back and forth.
     """
@@ -217,7 +217,7 @@ class ReparamLargeKernelConv2d(nn.Module):
     """Large depthwise convolution with a parallel small one, each with its own norm (RepLKNet, arXiv 2203.06717, §3).
 
     The small branch only eases training: it catches the local detail that a large kernel learns slowly. After
-    :meth:`reparameterize` a single convolution with a bias remains.
+    `reparameterize` a single convolution with a bias remains.
 
     Args:
         channels: Channels of input and output, ``(N, channels, H, W)``.

@@ -19,13 +19,13 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 def restore_conv2d(model: ModuleType) -> ModuleType:
     """Make every convolution of this package inside ``model`` a plain ``nn.Conv2d``, in place.
 
-    The inverse of :func:`~lk_backbones.layers.replace_depthwise` and of the packing (not of the folding) by
-    :func:`lk_backbones.prepack_weights`. Quantisers, counters of FLOPs, attribution and pruning often ask whether
+    The inverse of `replace_depthwise` and of the packing (not of the folding) by
+    `lk_backbones.prepack_weights`. Quantisers, counters of FLOPs, attribution and pruning often ask whether
     ``type(module) is nn.Conv2d``; they take the result as any other model. Parameters, hooks, state dict and outputs
     stay the same, but large kernels are then as slow as PyTorch computes them.
 
     Subclasses of our layers are left alone, as their forward may differ. A
-    :class:`~lk_backbones.layers.PackedConv2d` with an activation of its own, which only code outside this package
+    `PackedConv2d` with an activation of its own, which only code outside this package
     makes, becomes ``nn.Sequential(convolution, activation)``, which puts ``0.`` into the names of its parameters.
 
     Args:

@@ -98,7 +98,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Te
 def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    """Gradients of `forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
     if path == "fft":
         return _fft.backward(nchw(grad_output), nchw(input), weight, output_mask)
     return (

@@ -1,7 +1,7 @@
 """Depthwise convolution on CUDA devices: PyTorch's own operators or Fourier transforms, by rule.
 
-Kernels written for the GPU plug in here: a new path in :func:`plan` and its branch in :func:`forward` and
-:func:`backward`.
+Kernels written for the GPU plug in here: a new path in `plan` and its branch in `forward` and
+`backward`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan(shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: 
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
-    """Convolution of ``(N, C, H, W)``, float32 or float64, by a path of :func:`plan` other than ``"native"``."""
+    """Convolution of ``(N, C, H, W)``, float32 or float64, by a path of `plan` other than ``"native"``."""
     if path != "fft":
         raise ValueError(f"no path {path!r} on CUDA")
     return _fft.forward(input.contiguous(), weight, bias)
@@ -50,7 +50,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Te
 def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    """Gradients of `forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
     if path != "fft":
         raise ValueError(f"no path {path!r} on CUDA")
     return _fft.backward(grad_output.contiguous(), input.contiguous(), weight, output_mask)

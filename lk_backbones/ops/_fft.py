@@ -72,7 +72,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`forward`; both together share the transform of ``grad_output``.
+    """Gradients of `forward`; both together share the transform of ``grad_output``.
 
     Args:
         grad_output: ``(N, C, H, W)``, contiguous.
@@ -152,7 +152,7 @@ def _transform_kernels(kernels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _restore_kernels(spectrum: Tensor, size: tuple[int, int], kernel_size: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`_transform_kernels`."""
+    """Inverse of `_transform_kernels`."""
     padded = torch.fft.irfft2(spectrum, s=size)
     kernels = padded.new_empty(padded.shape[0], *kernel_size)
     for place, part in _quadrants(kernel_size):

@@ -24,13 +24,13 @@ def crop(weight: Tensor, map_size: tuple[int, int]) -> Tensor:
 
 
 def uncrop(grad_weight: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`crop` for the gradient: taps out of reach have none."""
+    """Inverse of `crop` for the gradient: taps out of reach have none."""
     rows, columns = (kernel_size[0] - grad_weight.shape[2]) // 2, (kernel_size[1] - grad_weight.shape[3]) // 2
     return F.pad(grad_weight, (columns, columns, rows, rows)) if rows or columns else grad_weight
 
 
 def phase_size(map_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
-    """Size of the maps that :func:`split_phases` makes of a map ``(H, W)``."""
+    """Size of the maps that `split_phases` makes of a map ``(H, W)``."""
     return -(-map_size[0] // dilation[0]), -(-map_size[1] // dilation[1])
 
 
@@ -55,7 +55,7 @@ def split_phases(maps: Tensor, dilation: tuple[int, int]) -> Tensor:
 
 
 def join_phases(phases: Tensor, map_size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`split_phases` for maps ``(H, W)``."""
+    """Inverse of `split_phases` for maps ``(H, W)``."""
     if dilation == (1, 1):
         return phases
     (images, channels, rows, columns), (down, across) = phases.shape, dilation

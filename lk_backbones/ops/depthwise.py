@@ -35,7 +35,7 @@ def depthwise_conv2d(
         weight: ``(C, 1, kH, kW)``, odd sizes, of the input's dtype and device. May be larger than the map.
         bias: ``(C,)`` or ``None``.
         dilation: Distance between the taps in pixels, for both axes or for ``(rows, columns)``.
-        method: ``"auto"`` chooses by shape and device (see :func:`explain`); ``"direct"``, ``"fft"`` and ``"native"``
+        method: ``"auto"`` chooses by shape and device (see `explain`); ``"direct"``, ``"fft"`` and ``"native"``
             insist. The environment variable ``LK_BACKBONES_DEPTHWISE`` takes the place of ``"auto"``.
 
     Returns:
@@ -73,22 +73,22 @@ def explain(
     method: Method = "auto",
     device: str | None = None,
 ) -> Plan:
-    """Say which path :func:`depthwise_conv2d` takes for these tensors, and why.
+    """Say which path `depthwise_conv2d` takes for these tensors, and why.
 
     Only shapes, dtype and memory format count, so tensors on the ``meta`` device do.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
         weight: ``(C, 1, kH, kW)``.
-        dilation: As :func:`depthwise_conv2d`.
-        method: As :func:`depthwise_conv2d`.
+        dilation: As `depthwise_conv2d`.
+        method: As `depthwise_conv2d`.
         device: Device type to plan for, such as ``"cuda"``; the input's if ``None``.
 
     Returns:
         The plan; ``print`` it.
 
     Raises:
-        ValueError: As :func:`depthwise_conv2d`.
+        ValueError: As `depthwise_conv2d`.
     """
     dilation = _operators.pair(dilation)
     _check(input, weight, None, method)

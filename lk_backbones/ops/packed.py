@@ -19,7 +19,7 @@ __all__ = ["pack_weight", "packed_conv2d", "takes_packed_weight"]
 
 
 def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`packed_conv2d` can stand in for a convolution.
+    """Whether `packed_conv2d` can stand in for a convolution.
 
     It has no derivative and is made for float32 in channels_last on CPUs with oneDNN; exporters, tracers and compilers
     cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a packed copy
@@ -74,7 +74,7 @@ def pack_weight(
         groups: Of the convolution.
 
     Returns:
-        An opaque tensor for :func:`packed_conv2d`: it cannot be copied, saved or moved.
+        An opaque tensor for `packed_conv2d`: it cannot be copied, saved or moved.
     """
     weight = weight.detach()
     if _is_product(weight.shape[2:], padding, stride, groups):
@@ -100,7 +100,7 @@ def packed_conv2d(
 
     Args:
         input: ``(N, C, H, W)``, float32, channels_last.
-        packed: From :func:`pack_weight`, with the same padding, stride, dilation and groups.
+        packed: From `pack_weight`, with the same padding, stride, dilation and groups.
         bias: ``(O,)`` or ``None``.
         padding: Zeros on each side of rows and columns.
         stride: Of rows and columns.

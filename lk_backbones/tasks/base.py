@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from rich.table import Table
 from torch import nn
 from typing_extensions import Self
 
-from lk_backbones.tasks.checkpoints import SafeCheckpoints
-from lk_backbones.tasks.drawing import Color, default_colors
+from lk_backbones.callbacks.checkpoints import SafeCheckpoints
+from lk_backbones.drawing.canvas import Color, default_colors
+from lk_backbones.drawing.figures import Figures
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
 from lk_backbones.tasks.optim import (
     encoder_lr_scales,
@@ -224,6 +226,26 @@ class BaseTask(L.LightningModule):
                 hparams.min_lr / hparams.lr,
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- what callbacks ask -----------------------------------------------------------------------------------------
+
+    def figures(self, opacity: float = 0.6, score_threshold: float = 0.3) -> Figures:
+        """Make what draws this task's batches and outputs, for `Overlays`.
+
+        Args:
+            opacity: Of the classes' colours over the image, 0 to 1.
+            score_threshold: Least score of a detection that is drawn.
+        """
+        raise NotImplementedError
+
+    def results_table(self, metrics: Mapping[str, Any], stage: str) -> Table:
+        """Make the table of this task's results, for `MetricsTable`.
+
+        Args:
+            metrics: ``trainer.callback_metrics``.
+            stage: ``"val"`` or ``"test"``.
+        """
+        raise NotImplementedError
 
     # --- data -------------------------------------------------------------------------------------------------------
 

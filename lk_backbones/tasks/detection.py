@@ -6,13 +6,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import nn
 
+from lk_backbones.drawing.figures import DetectionFigures, Figures
 from lk_backbones.heads import build_detector
+from lk_backbones.metrics.detection import METRIC_NAMES, DetectionMetrics
+from lk_backbones.metrics.masks import encode_masks
+from lk_backbones.metrics.tables import ap_table
 from lk_backbones.tasks.base import BaseTask, check_shared_arguments, mean_and_std
-from lk_backbones.tasks.detection_metrics import METRIC_NAMES, DetectionMetrics
 from lk_backbones.tasks.encoder import build_encoder
-from lk_backbones.tasks.masks import encode_masks
 
 __all__ = ["DetectionTask"]
 
@@ -176,7 +179,7 @@ class DetectionTask(BaseTask):
 
         Returns:
             For every image ``boxes`` float32 ``(N, 4)``, ``labels`` int64 ``(N,)``, ``scores`` float32 ``(N,)`` and,
-            for mask detectors, ``segmentation``, a list of N run lengths (see `lk_backbones.tasks.masks`).
+            for mask detectors, ``segmentation``, a list of N run lengths (see `lk_backbones.metrics.masks`).
         """
         results = []
         for i, (image, detected) in enumerate(zip(images, self(images), strict=True)):
@@ -293,13 +296,41 @@ class DetectionTask(BaseTask):
         Returns:
             For every picture ``path``, ``image_id`` (``None`` if it has none), ``original_size`` ``(H, W)``, ``boxes``
             float32 ``(N, 4)``, ``labels`` int64 ``(N,)`` from 1, ``scores`` float32 ``(N,)``, best first, and for mask
-            detectors ``segmentation``, the masks as N run lengths; `lk_backbones.tasks.masks.decode_masks` makes bool
+            detectors ``segmentation``, the masks as N run lengths; `lk_backbones.metrics.masks.decode_masks` makes bool
             ``(N, H, W)`` of them. For pictures of a folder also ``file_name``. A picture that could not be read has
             no detections, and the reason as ``error``.
         """
         images, infos = _pictures(batch, batch_idx)
         detected = self._detect_readable(images, infos, [info["original_size"] for info in infos])
         return [info | found for info, found in zip(infos, detected, strict=True)]
+
+    # --- what callbacks ask -----------------------------------------------------------------------------------------
+
+    def figures(self, opacity: float = 0.6, score_threshold: float = 0.3) -> Figures:
+        """See `BaseTask.figures`."""
+        return DetectionFigures(self, opacity, score_threshold)
+
+    def results_table(self, metrics: Mapping[str, Any], stage: str) -> Table:
+        """See `BaseTask.results_table`; COCO's twelve numbers and, if it is measured, the AP of every class."""
+        return ap_table(metrics, self.class_names, stage)
+
+    def detections(self, batch: Any, outputs: Any) -> list[dict[str, Any]]:
+        """Tell what was detected in the pictures of a batch, for `CocoResults`.
+
+        Args:
+            batch: The batch.
+            outputs: What `validation_step`, `test_step` or `predict_step` returned for it.
+
+        Returns:
+            For every picture what `predict_step` returns, at least ``image_id``, ``boxes``, ``labels`` and ``scores``.
+        """
+        if isinstance(outputs, list):
+            return outputs
+        predictions: list[dict[str, Any]] = outputs["predictions"]
+        return [
+            prediction | {"image_id": target["image_id"]}
+            for target, prediction in zip(batch[1], predictions, strict=True)
+        ]
 
     # --- data -------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from lk_backbones._printing import printable
 from lk_backbones.encoders import list_encoders
-from lk_backbones.encoders.loading import load_encoder
-from lk_backbones.encoders.timm_names import timm_model, timm_names
+from lk_backbones.encoders._loading import load_encoder
+from lk_backbones.encoders._names import timm_model, timm_names
 from lk_backbones.weights.arguments import check_architecture, check_buildable, weight_arguments
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lk_backbones.encoders.loading import is_dense_model
-from lk_backbones.encoders.timm_names import family_filter, timm_model, timm_names
+from lk_backbones.encoders._loading import is_dense_model
+from lk_backbones.encoders._names import family_filter, timm_model, timm_names
 from lk_backbones.heads.detection import published_state_dict
 from lk_backbones.heads.upernet import checkpoint_filter_fn
 from lk_backbones.tasks.detection import DetectionTask

@@ -1,20 +1,23 @@
 """Semantic segmentation: any smp architecture on any encoder, trained and measured as the papers do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.table import Table
 from torchmetrics import MeanMetric
 
+from lk_backbones.drawing.figures import Figures, SegmentationFigures
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
+from lk_backbones.metrics.segmentation import SegmentationMetrics
+from lk_backbones.metrics.tables import iou_table
 from lk_backbones.tasks.architecture import AUXILIARY_LEVEL, build_auxiliary_head, build_model, check_arguments
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
-from lk_backbones.tasks.metrics import SegmentationMetrics
 
 __all__ = ["SegmentationTask"]
 
@@ -327,6 +330,16 @@ class SegmentationTask(BaseTask):
         if self.hparams["predict_probabilities"]:
             result["probabilities"] = [score.float().softmax(dim=0) for score in scores]
         return result
+
+    # --- what callbacks ask -----------------------------------------------------------------------------------------
+
+    def figures(self, opacity: float = 0.6, score_threshold: float = 0.3) -> Figures:
+        """See `BaseTask.figures`."""
+        return SegmentationFigures(self, opacity, score_threshold)
+
+    def results_table(self, metrics: Mapping[str, Any], stage: str) -> Table:
+        """See `BaseTask.results_table`; the IoU of every class, mean IoU and pixel accuracy."""
+        return iou_table(metrics, self.class_names, stage)
 
     # --- data -------------------------------------------------------------------------------------------------------
 

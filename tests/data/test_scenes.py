@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lk_backbones.data import SyntheticScenesDataModule
-from lk_backbones.data.scene_canvas import GREEN_LIGHT, RED_LIGHT
-from lk_backbones.data.scene_drawing import (
+from lk_backbones.data.scenes.canvas import GREEN_LIGHT, RED_LIGHT
+from lk_backbones.data.scenes.drawing import (
     MOVING_VEHICLE,
     PERSON,
     SCENE_CLASSES,

@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 from timm.utils.model import reparameterize_model
 
 import lk_backbones
-from lk_backbones.encoders.registry import register_encoder
+from lk_backbones.encoders._registry import register_encoder
 from tests.conftest import assert_golden, randomize_norms
 
 ACTIVATIONS = (torch.nn.ReLU, torch.nn.GELU)

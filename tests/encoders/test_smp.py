@@ -11,7 +11,7 @@ import timm
 import torch
 
 import lk_backbones
-from lk_backbones.encoders.smp import LargeKernelEncoder
+from lk_backbones.encoders._smp import LargeKernelEncoder
 from lk_backbones.weights.catalogue import list_published
 from tests.conftest import assert_golden, randomize_norms
 

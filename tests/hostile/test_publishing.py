@@ -303,7 +303,7 @@ def test_a_name_is_no_proof(name: str, options: list[str], why: str, big: Path, 
 
 
 def test_a_checksum_is(big: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lk_backbones._hub import layout
+    from lk_backbones.repository import layout
     from lk_backbones.weights.catalogue import find_published
 
     monkeypatch.setattr(layout, "published_by_checksum", lambda sha256: find_published("replknet_31b.in1k"))

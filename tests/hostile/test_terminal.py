@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lk_backbones._printing import printable, without_credentials
 from lk_backbones.cli import main
-from lk_backbones.tasks.tables import ap_table, iou_table
+from lk_backbones.metrics.tables import ap_table, iou_table
 from tests.hostile.conftest import Refused
 from tests.hub.conftest import ROOT
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lk_backbones import hub as lk_hub
-from lk_backbones._hub.build import build_model
 from lk_backbones.cli import main
+from lk_backbones.repository.build import build_model
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.openmmlab import openmmlab_state_dict, unused_keys
 from lk_backbones.weights import Weights

@@ -11,12 +11,12 @@ from PIL import Image
 
 from lk_backbones.data import CocoDataModule, PictureFolderDataModule, SyntheticScenesDetectionDataModule
 from lk_backbones.heads import DETECTORS
+from lk_backbones.metrics.masks import decode_masks
 from lk_backbones.tasks import DetectionTask, Overlays
-from lk_backbones.tasks.masks import decode_masks
 
+from ..blocks import trainer
 from ..data.conftest import CocoMaker
-from .blocks import trainer
-from .oracle import make, oracle_task
+from ..oracle import make, oracle_task
 
 
 def scenes(**kwargs: Any) -> SyntheticScenesDetectionDataModule:

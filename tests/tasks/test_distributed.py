@@ -11,7 +11,7 @@ import pytest
 
 from lk_backbones.tasks import SegmentationTask
 
-from .blocks import UNEVEN_SIZES, loader, trainer
+from ..blocks import UNEVEN_SIZES, loader, trainer
 
 
 def test_two_processes_give_the_metrics_of_one(tmp_path: Path) -> None:

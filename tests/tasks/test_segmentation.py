@@ -18,7 +18,7 @@ from lk_backbones.heads import OpenMMLabUPerNet
 from lk_backbones.tasks import SegmentationTask
 from lk_backbones.tasks.inference import sliding_window
 
-from .blocks import NUM_CLASSES, TRAIN_SIZES, UNEVEN_SIZES, Blocks, loader, trainer
+from ..blocks import NUM_CLASSES, TRAIN_SIZES, UNEVEN_SIZES, Blocks, loader, trainer
 
 SMALL = {"decoder_channels": 16}
 

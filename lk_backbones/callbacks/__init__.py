@@ -1,0 +1,17 @@
+"""What watches, draws and writes while a task runs."""
+
+from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
+from lk_backbones.callbacks.coco_results import CocoResults
+from lk_backbones.callbacks.overlays import Overlays
+from lk_backbones.callbacks.tables import MetricsTable
+from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CocoResults",
+    "MetricsTable",
+    "Overlays",
+    "ReproducibleSteps",
+    "SafeCheckpoints",
+    "SamplesSeen",
+]
