@@ -37,8 +37,9 @@ def run(args: list[str]) -> None:
     # Imported here: `models` and a mistyped command need not wait for Lightning.
     from jsonargparse import Namespace
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser
 
+    from lk_backbones._private.lightning import CheckpointBlindCLI
     from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
     from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
@@ -49,7 +50,7 @@ def run(args: list[str]) -> None:
     args = _pictures(args, checkpoint)
     saved = _from_checkpoint(args, checkpoint)
 
-    class CLI(LightningCLI):
+    class CLI(CheckpointBlindCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # each asks the task what there is to draw, to print and to write
             parser.add_lightning_class_args(Overlays, "overlays")
@@ -63,9 +64,6 @@ def run(args: list[str]) -> None:
                 given = parser.parse_args(args, defaults=False)[self.config["subcommand"]]
                 for key, part in saved.items():
                     part.given = set(vars(given.get(key, Namespace())))
-
-        def _parse_ckpt_path(self) -> None:
-            """Lightning would hand the checkpoint to its instantiators, and let it win over flags."""
 
         def before_instantiate_classes(self) -> None:
             if not saved:

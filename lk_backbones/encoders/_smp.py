@@ -16,9 +16,9 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from segmentation_models_pytorch.encoders._base import EncoderMixin
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 
+from lk_backbones._private.smp import EncoderMixin
 from lk_backbones.encoders._names import family_filter, timm_model, timm_names
 from lk_backbones.encoders._registry import list_encoders
 from lk_backbones.weights.catalogue import find_published, list_published

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead, DropPath, create_act_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
-from timm.models._features import feature_take_indices
 
+from lk_backbones._private.timm import feature_take_indices
 from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
 from lk_backbones.layers.reparam import (

@@ -11,6 +11,7 @@ from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
+from lk_backbones._private.torchvision import skips_resize
 from lk_backbones.heads import cascade, fcos
 from lk_backbones.heads.cascade import CascadeRCNN
 from lk_backbones.heads.fcos import FCOS
@@ -197,7 +198,7 @@ def build_detector(
         max_size=max_size,
         image_mean=list(mean),
         image_std=list(std),
-        _skip_resize=True,
+        **skips_resize(),
         **kwargs,
     )
     detector.num_classes = num_classes

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
+from lk_backbones._private.torchvision import BoxLinearCoder
 from lk_backbones.heads import pyramid
 from lk_backbones.heads.protocol import Detector, to_full_precision
 from lk_backbones.heads.pyramid import EncoderPyramid

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from lk_backbones._private.torch import tree_map
 
 __all__ = ["Detector", "FullPrecisionOutputs", "to_full_precision"]
 

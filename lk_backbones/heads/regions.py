@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from lk_backbones._private import torchvision as _private
+from lk_backbones._private.torchvision import skips_resize
 from lk_backbones.heads.protocol import to_full_precision
 
 __all__ = [
@@ -141,7 +142,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         return pooled
 
 
-class BoxCoder(det_utils.BoxCoder):
+class BoxCoder(_private.BoxCoder):
     """torchvision's box coder, clipping the logarithmic size changes on both sides to a factor of 1000 / 16.
 
     Args:
@@ -174,7 +175,7 @@ class PictureTransform(GeneralizedRCNNTransform):
             other.image_std,
             other.size_divisible,
             other.fixed_size,
-            _skip_resize=other._skip_resize,
+            **skips_resize(other),
         )
 
     def resize(

@@ -7,17 +7,17 @@ anchors that cross the border of the image take no part, and an object whose bes
 from collections.abc import Sequence
 
 import torch
-from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import rpn
 from torchvision.models.detection.image_list import ImageList
 
+from lk_backbones._private.torchvision import Matcher
 from lk_backbones.heads.predictors import RPNHead
 from lk_backbones.heads.regions import BoxCoder, PyramidAnchorGenerator
 
 __all__ = ["RegionProposalNetwork"]
 
 
-class _Matcher(det_utils.Matcher):
+class _Matcher(Matcher):
     """torchvision's matcher; an object's best anchors are its own, unless even they overlap too little.
 
     Args:

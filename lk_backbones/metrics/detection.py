@@ -1,7 +1,7 @@
 """COCO's average precision and recall of boxes and masks, over all pictures and processes."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import distributed
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
+from lk_backbones._private.torchmetrics import GathersItself
 from lk_backbones.metrics.masks import Rle, encode_masks, require_coco_tools
 
 __all__ = ["METRIC_NAMES", "DetectionMetrics"]
@@ -33,7 +34,7 @@ _NAMES = {
 METRIC_NAMES = tuple(_NAMES)
 
 
-class DetectionMetrics(MeanAveragePrecision):
+class DetectionMetrics(GathersItself, MeanAveragePrecision):
     """torchmetrics' mean average precision, with masks as run lengths and pictures in the order of their ids.
 
     What it adds to its parent: masks may come as run lengths; every picture counts once, even if a distributed sampler
@@ -111,7 +112,7 @@ class DetectionMetrics(MeanAveragePrecision):
         try:
             computed = super().compute()
         finally:
-            for name in self._defaults:
+            for name in self.state_names():
                 if name != "records":
                     setattr(self, name, [])
         result = {}
@@ -137,11 +138,7 @@ class DetectionMetrics(MeanAveragePrecision):
         for name, values in lists.items():
             setattr(self, name, values)
 
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
-        """Leave what was collected on the CPU, whatever device the rest moves to."""
-        return torch.nn.Module._apply(self, fn)
-
-    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+    def gather(self, process_group: Any) -> None:
         """Gather what all processes have collected; they may have different numbers of pictures."""
         records = [block[: _used(block)].clone() for block in self.records]
         gathered: list[Any] = [None] * distributed.get_world_size(process_group)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from lk_backbones._private.torch import operators_are_watched
 from lk_backbones.ops import _cpu, _cuda
 from lk_backbones.ops._plan import Plan, resolve_method
 from lk_backbones.ops._shapes import (
@@ -325,7 +326,7 @@ def apply(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[in
     """Convolution with its gradient: the registered operator where anything looks at operators, else without it."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0  # FLOP counters, fake tensors, selective checkpointing
+        or operators_are_watched()
         or not all(type(tensor) in (Tensor, torch.nn.Parameter, type(None)) for tensor in (input, weight, bias))
     ):
         return forward(input, weight, bias, dilation, method)

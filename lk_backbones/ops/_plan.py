@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from lk_backbones._private.torch import functorch_is_active, uses_forward_gradients
 
 Method = Literal["auto", "direct", "fft", "native"]
 
@@ -59,6 +60,6 @@ def wants_plain_convolution(*tensors: Tensor) -> bool:
     return (
         torch.jit.is_tracing()
         or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or (forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors))
+        or functorch_is_active()
+        or uses_forward_gradients(tensors)
     )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lk_backbones._private.torch import is_view
+
 
 def crop_kernel(kernel_size: tuple[int, int], map_size: tuple[int, int]) -> tuple[int, int]:
     """Size of the part of a kernel that any pixel of the map can reach, at most ``(2H - 1, 2W - 1)``."""
@@ -103,7 +105,7 @@ def in_format(maps: Tensor, wanted: torch.memory_format) -> Tensor:
     """
     if not maps.is_contiguous(memory_format=wanted):
         maps = nchw(maps) if wanted is torch.contiguous_format else maps.contiguous(memory_format=wanted)
-    return maps.clone() if maps._is_view() else maps
+    return maps.clone() if is_view(maps) else maps
 
 
 @functools.cache

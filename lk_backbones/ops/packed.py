@@ -6,12 +6,19 @@ are those that PyTorch's compiler emits for frozen weights; where this PyTorch l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lk_backbones._private.torch import (
+    convolution_pointwise,
+    has_packed_operators,
+    linear_pointwise,
+    operators_are_watched,
+    reorder_convolution_weight,
+    reorder_linear_weight,
+)
 from lk_backbones.ops._plan import wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
@@ -35,24 +42,13 @@ def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors: who looks at operators knows others
+        and not operators_are_watched()  # who looks at operators knows others
         and not wants_plain_convolution(input, weight)
         and is_channels_last(input)
         and not weight.is_inference()
         and bool(torch.backends.mkldnn.enabled)
-        and _has_packed_operators()
+        and has_packed_operators()
     )
-
-
-@functools.cache
-def _has_packed_operators() -> bool:
-    operators = (
-        "_reorder_linear_weight",
-        "_linear_pointwise",
-        "_reorder_convolution_weight",
-        "_convolution_pointwise",
-    )
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def pack_weight(
@@ -78,12 +74,10 @@ def pack_weight(
     """
     weight = weight.detach()
     if _is_product(weight.shape[2:], padding, stride, groups):
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous())
-    else:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
-        )
-    return packed
+        return reorder_linear_weight(weight.flatten(1).contiguous())
+    return reorder_convolution_weight(
+        weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
+    )
 
 
 def packed_conv2d(
@@ -112,14 +106,11 @@ def packed_conv2d(
     Returns:
         ``(N, O, H', W')``, channels_last. No gradient flows through it.
     """
-    name, variant = activation
     if packed.dim() == 2:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input.permute(0, 2, 3, 1), packed, bias, name, [], variant)
-        return output.permute(0, 3, 1, 2)
-    convolved: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        input, packed, bias, list(padding), list(stride), list(dilation), groups, name, [], variant
+        return linear_pointwise(input.permute(0, 2, 3, 1), packed, bias, activation).permute(0, 3, 1, 2)
+    return convolution_pointwise(
+        input, packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
     )
-    return convolved
 
 
 def _is_product(kernel_size: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int) -> bool:

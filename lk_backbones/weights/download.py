@@ -35,9 +35,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http
 
 from lk_backbones._printing import printable, without_credentials
+from lk_backbones._private.huggingface_hub import replace_get_session
 from lk_backbones.weights.errors import DownloadError
 from lk_backbones.weights.files import sha256_of
 
@@ -229,7 +229,7 @@ def _session() -> Any:
 
 @contextmanager
 def _checked_answers(repo: str, filename: str, revision: str | None) -> Iterator[_Answers]:
-    _http.get_session = _session
+    replace_get_session(_session)
     answers = _Answers(repo, filename, revision)
     before = _looking.set(answers)
     try:

@@ -8,10 +8,11 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lk_backbones._printing import printable
+from lk_backbones._private.huggingface_hub import CACHED_NO_EXIST
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
 from lk_backbones.weights.config import read_config
 from lk_backbones.weights.download import NOT_VERIFIED, HubFile, explain, fetch_from_hub, fetch_url, is_missing
@@ -273,7 +274,7 @@ def _fetch_if_there(repo: str, filename: str, revision: str | None) -> HubFile |
             return None
         # the client notes in its cache what a repository lacks, but does not look there when it is offline
         uncached = isinstance(error.__cause__, LocalEntryNotFoundError)
-        if uncached and try_to_load_from_cache(repo, filename, revision=revision) is _CACHED_NO_EXIST:
+        if uncached and try_to_load_from_cache(repo, filename, revision=revision) is CACHED_NO_EXIST:
             return None
         raise
 

@@ -108,9 +108,9 @@ def test_written_results_name_the_data_sets_own_ids(tmp_path: Path) -> None:
 def test_two_processes_measure_and_write_what_one_does(tmp_path: Path) -> None:
     # Nine pictures, so that the processes have different numbers of them; the second one detects nothing.
     root = made(tmp_path).root
-    script = Path(__file__).with_name("oracle.py")
+    script = Path(__file__).parents[1] / "oracle.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, script, root, tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -16,7 +16,7 @@ from ..blocks import UNEVEN_SIZES, loader, trainer
 
 def test_two_processes_give_the_metrics_of_one(tmp_path: Path) -> None:
     # A hang is the failure to fear here: DDP waits for the process that has fewer pictures.
-    script = Path(__file__).with_name("blocks.py")
+    script = Path(__file__).parents[1] / "blocks.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240, env=environment, check=False
