@@ -17,7 +17,7 @@ huggingface_hub's, with its own settings (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HU
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
-from lk_backbones.encoders._loading import find_encoder, is_dense_model, load_encoder
+from lk_backbones.encoders._loading import find_encoder, load_encoder
 from lk_backbones.repository.build import build_model
 from lk_backbones.repository.folder import check_target, new_folder
 from lk_backbones.repository.layout import RepositoryInfo, write_repository
 from lk_backbones.tasks.base import BaseTask
-from lk_backbones.tasks.openmmlab import openmmlab_state_dict, unused_keys
+from lk_backbones.tasks.openmmlab import openmmlab_state_dict
 from lk_backbones.weights import (
     DownloadError,
     LoadReport,
@@ -46,7 +46,8 @@ from lk_backbones.weights import (
     pull,
 )
 from lk_backbones.weights.download import explain
-from lk_backbones.weights.report import load_state
+from lk_backbones.weights.openmmlab import is_dense_model
+from lk_backbones.weights.report import follow, load_state
 
 __all__ = [
     "DownloadError",
@@ -98,50 +99,62 @@ def load_weights(
         FileNotFoundError: If a file or folder does not exist.
     """
     weights = source if isinstance(source, Weights) else pull(source, revision, namespace=namespace)
-    state = _whole_model_state(model, weights)
-    if state is None:
+    rename = _whole_model_naming(model, weights)
+    if rename is None:
         kwargs = model.hparams["encoder_kwargs"] or {} if isinstance(model, BaseTask) else None
         return load_encoder(find_encoder(model), weights, kwargs, "strict" if strict else "partial")
     report = LoadReport(weights.source)
     for reason, keys in weights.skipped.items():
         report.skip(reason, keys)
-    report.skip("the model has no such part", unused_keys(model, weights.state_dict | weights.extra, state))
+    given = weights.state_dict | weights.extra
+    state, origins = follow(rename, given)
+    used: frozenset[str] = frozenset().union(*origins.values())
+    report.skip("the model has no such part", [key for key in given if key not in used])
     hint = ". load_weights(model.encoder, …) takes the encoder alone" if hasattr(model, "encoder") else ""
     load_state(model, state, report, "strict" if strict else "partial", _describe(model), lambda: hint)
     return report
 
 
-def _whole_model_state(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor] | None:
-    """The source's tensors by the names of ``model``, if the source is a whole model as ``model`` is, else ``None``."""
-    state = weights.state_dict
+Naming = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _whole_model_naming(model: nn.Module, weights: Weights) -> Naming | None:
+    """What renames the source's tensors to those of ``model``, if it is a whole model too, else ``None``."""
+    state, extra = weights.state_dict, weights.extra
     if is_dense_model(state):
-        task = model if isinstance(model, BaseTask) else None
-        if task is None:
-            return None
-        try:
-            return openmmlab_state_dict(task, state)
-        except Exception as error:  # keys or shapes that no published model has
-            raise WeightMismatchError(
-                f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(model)}: "
-                f"{error.args[0] if error.args else error}. load_weights(model.encoder, …) takes its backbone alone"
-            ) from error
+        return _from_openmmlab(model, weights) if isinstance(model, BaseTask) else None
     if isinstance(model, BaseTask):
         if any(key.startswith(("model.encoder.", "model.backbone.encoder.")) for key in state):
-            return dict(state)
+            return dict
         if _is_smp_model(state):
-            return {f"model.{key}": value for key, value in state.items()} | weights.extra
+            return lambda named: {key if key in extra else f"model.{key}": value for key, value in named.items()}
     elif isinstance(model, SegmentationModel):
         if _is_smp_model(state):
-            return dict(state)
-        inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+            return lambda named: {key: value for key, value in named.items() if key not in extra}
+        inner = {key.removeprefix("model.") for key in state if key.startswith("model.")}
         if _is_smp_model(inner):
-            return inner
+            return lambda named: {
+                key.removeprefix("model."): value for key, value in named.items() if key.startswith("model.")
+            }
     elif model.state_dict().keys() == state.keys() and find_encoder(model) is not model:  # such as a detector
-        return dict(state)
+        return dict
     return None
 
 
-def _is_smp_model(state: Mapping[str, torch.Tensor]) -> bool:
+def _from_openmmlab(task: BaseTask, weights: Weights) -> Naming:
+    def rename(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        try:
+            return openmmlab_state_dict(task, named)
+        except Exception as error:  # keys or shapes that no published model has
+            raise WeightMismatchError(
+                f"'{weights.source}' is a whole OpenMMLab model, which does not fit into {_describe(task)}: "
+                f"{error.args[0] if error.args else error}. load_weights(model.encoder, …) takes its backbone alone"
+            ) from error
+
+    return rename
+
+
+def _is_smp_model(state: Collection[str]) -> bool:
     return any(key.startswith("encoder.") for key in state) and any(
         key.startswith(("decoder.", "segmentation_head.")) for key in state
     )

@@ -1,34 +1,44 @@
-"""Put weights, in whatever naming and whatever they are wrapped in, into an encoder, and account for every tensor."""
+"""Put weights into an encoder, whatever they are called and wrapped in, and account for every tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
 import timm
 import torch
+from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
-from timm.models import adapt_input_conv
+from timm.models import (
+    PretrainedCfg,
+    adapt_input_conv,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
-from lk_backbones.encoders._names import family_filter, full_names, is_timm_model, timm_model, timm_names
+from lk_backbones.encoders._names import (
+    build_empty,
+    classifiers,
+    elsewhere,
+    full_names,
+    is_timm_model,
+    needed_arguments,
+    translate,
+    whole_model,
+)
 from lk_backbones.encoders._registry import list_encoders
-from lk_backbones.weights.errors import WeightMismatchError, shorten
-from lk_backbones.weights.origins import follow
-from lk_backbones.weights.report import LoadReport, Mode, load_state
-from lk_backbones.weights.sources import Weights
+from lk_backbones.weights.catalogue import find_published
+from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
+from lk_backbones.weights.report import LoadReport, Mode, follow, load_state
+from lk_backbones.weights.sources import Weights, pull, pull_url, split_hub_id
 
-__all__ = ["find_encoder", "fitting_arguments", "fitting_encoders", "is_dense_model", "load_encoder"]
+__all__ = ["build_pretrained", "find_encoder", "fitting_arguments", "fitting_encoders", "load_encoder"]
 
-# Parts beside the backbone in the whole models that OpenMMLab trains.
-DENSE_PARTS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
 _ELSEWHERE = "not part of this encoder (classifier, heads, last norm, deeper stages)"
 _CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")  # of the models that smp's own encoders come from
-
-
-def is_dense_model(state_dict: dict[str, torch.Tensor]) -> bool:
-    """Whether the keys are those of a whole OpenMMLab segmentation or detection model."""
-    return any(key.startswith(DENSE_PARTS) for key in state_dict) and any(k.startswith("backbone.") for k in state_dict)
 
 
 def find_encoder(model: nn.Module) -> nn.Module:
@@ -46,7 +56,7 @@ def find_encoder(model: nn.Module) -> nn.Module:
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, nn.Module):
         return encoder
-    kinds = tuple({settings["encoder"] for settings in smp.encoders.encoders.values()} | {TimmUniversalEncoder})
+    kinds = tuple({settings["encoder"] for settings in smp_encoders.values()} | {TimmUniversalEncoder})
     for module in model.modules():
         if isinstance(module, kinds) or is_timm_model(module):
             return module
@@ -58,9 +68,8 @@ def load_encoder(
 ) -> LoadReport:
     """Load weights into an encoder.
 
-    Understands the whole models that an encoder can come in (one of our tasks, an smp model, an OpenMMLab model), the
-    names in timm's feature extractors, and every naming that the family's ``checkpoint_filter_fn`` maps. The first
-    convolution is adapted to other input channels and a classifier of other classes is left alone, as timm does.
+    Understands every naming that `translate` does. The first convolution is adapted to other input channels and a
+    classifier of other classes is left alone, as timm does.
 
     Args:
         encoder: An smp encoder, or timm's own model or feature extractor.
@@ -77,108 +86,60 @@ def load_encoder(
     report = LoadReport(weights.source)
     for reason, keys in weights.skipped.items():
         report.skip(reason, keys)
-    state = _encoder_part(weights.state_dict, encoder.state_dict(), report)
-    if isinstance(encoder, TimmUniversalEncoder) or is_timm_model(encoder):
-        _load_timm(encoder, state, report, kwargs, mode)
+    own, full = encoder.state_dict(), whole_model(encoder, kwargs)
+    config = {} if full is None else getattr(full, "pretrained_cfg", {})
+    name = str(config.get("architecture") or type(encoder if full is None else full).__name__)
+    renamed, origins = _translated(weights, name, encoder, full)
+    used: frozenset[str] = frozenset().union(*origins.values())
+    report.skip(_ELSEWHERE, [key for key in weights.state_dict if key not in used])
+
+    if full is None:
+        left_out = {key for key in renamed if key not in own and key.startswith(_CLASSIFIERS)}
     else:
-        _load_smp(encoder, state, report, mode)
+        left_out = elsewhere(renamed, own, full)
+    for key in renamed:
+        if key in left_out:
+            report.skip(_ELSEWHERE, sorted(origins[key]))
+    renamed = {key: value for key, value in renamed.items() if key not in left_out}
+    new_classifier = [] if full is None else _new_classifier(full, own, renamed)
+    for key in new_classifier:
+        reason = f"a classifier of {len(renamed.pop(key))} classes; the model keeps its own, of {len(own[key])}"
+        report.skip(reason, sorted(origins[key]))
+    if full is not None:
+        _adapt_input(full, own, renamed, report)
+    title = f"smp's {name}" if full is None else f"'{name}'"
+    load_state(encoder, renamed, report, mode, title, lambda: _hint(weights.state_dict, name), new_classifier)
     network: Any = getattr(encoder, "model", encoder)
     if isinstance(getattr(network, "pretrained_cfg", None), dict):
         network.pretrained_cfg = network.pretrained_cfg | weights.preprocessing  # what the pictures shall look like
     return report
 
 
-def _load_timm(
-    encoder: nn.Module, state: dict[str, torch.Tensor], report: LoadReport, kwargs: dict[str, Any] | None, mode: Mode
-) -> None:
-    full: Any = encoder if hasattr(encoder, "forward_head") else timm_model(encoder, kwargs)
-    own, full_keys = encoder.state_dict(), full.state_dict().keys()
-    by_full_name = {full_name: name for name, full_name in timm_names(encoder, full).items()}
+def _translated(
+    weights: Weights, name: str, encoder: nn.Module, full: nn.Module | None
+) -> tuple[dict[str, torch.Tensor], dict[str, frozenset[str]]]:
     try:
-        published, origins = follow(lambda named: _published_to_full(named, full), state)
+        return follow(lambda named: translate(named, encoder, full), weights.state_dict)
     except Exception as error:  # keys or shapes that the family's own function does not expect
-        name = full.pretrained_cfg.get("architecture")
         raise WeightMismatchError(
-            f"'{report.source}' does not hold weights of '{name}': they cannot be renamed "
-            f"({type(error).__name__}: {shorten(str(error))}){_hint(state, str(name))}"
+            f"'{weights.source}' does not hold weights of '{name}': they cannot be renamed "
+            f"({type(error).__name__}: {shorten(str(error))}){_hint(weights.state_dict, name)}"
         ) from error
-    used: frozenset[str] = frozenset().union(*origins.values())
-    report.skip(_ELSEWHERE, [key for key in state if key not in used])
-
-    classifier = str(full.pretrained_cfg.get("classifier") or "head.fc") + "."
-    renamed: dict[str, torch.Tensor] = {}
-    new_classifier = []
-    for key, value in published.items():
-        name = by_full_name.get(key, key)
-        if name in own and key.startswith(classifier) and own[name].shape != value.shape:
-            new_classifier.append(name)
-            reason = f"a classifier of {len(value)} classes; the model keeps its own, of {len(own[name])}"
-            report.skip(reason, sorted(origins[key]))
-        elif name in own or not (key in full_keys or key.startswith(classifier)):
-            renamed[name] = value  # an unknown key too, so that the comparison names it
-        else:
-            report.skip(_ELSEWHERE, sorted(origins[key]))
-    _adapt_input(full, by_full_name, own, renamed, report)
-    title = str(full.pretrained_cfg.get("architecture") or type(full).__name__)
-    load_state(encoder, renamed, report, mode, f"'{title}'", lambda: _hint(state, title), new_classifier)
 
 
-def _load_smp(encoder: nn.Module, state: dict[str, torch.Tensor], report: LoadReport, mode: Mode) -> None:
-    """One of smp's own encoders, whose weights have its own names."""
-    own = encoder.state_dict()
-    classifier = [key for key in state if key not in own and key.startswith(_CLASSIFIERS)]
-    report.skip(_ELSEWHERE, classifier)
-    state = {key: value for key, value in state.items() if key not in classifier}
-    name = type(encoder).__name__
-    load_state(encoder, state, report, mode, f"smp's {name}", lambda: _hint(state, name))
+def _new_classifier(full: nn.Module, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of a classifier that has other classes in the file than in the model."""
+    whole = full_names(own, full)
+    mine = [key for key in state if key in own and whole.get(key, key).startswith(classifiers(full))]
+    return [key for key in mine if state[key].shape != own[key].shape]
 
 
-def _published_to_full(state: dict[str, torch.Tensor], full: nn.Module) -> dict[str, torch.Tensor]:
-    """Any naming that is known to the names of a whole timm model."""
-    extractor_names = full_names(state, full)
-    named = {extractor_names.get(key, key): value for key, value in state.items()}
-    return family_filter(full)(named, full)
-
-
-def _encoder_part(
-    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], report: LoadReport
-) -> dict[str, torch.Tensor]:
-    """The part of a state dict that is an encoder's, without the prefix it has in the model around it."""
-    prefix = _prefix(state, list(own))
-    if not prefix or (prefix == "model." and all(key.startswith(prefix) for key in state)):
-        return state
-    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if prefix == "backbone.":  # OpenMMLab's classifiers keep theirs beside the backbone
-        dense = is_dense_model(state)
-        part |= {key: value for key, value in state.items() if key.startswith("head.") and not dense}
-    report.skip(_ELSEWHERE, [key for key in state if not key.startswith(prefix) and key not in part])
-    return part
-
-
-def _prefix(state: dict[str, torch.Tensor], own: list[str]) -> str:
-    """What stands in front of the encoder's keys, such as ``backbone.body.`` in torchvision's detectors."""
-    bare = [key.removeprefix("model.") for key in own]
-    flat, unflat = [key.replace(".", "_", 1) for key in bare], [key.replace("_", ".", 1) for key in bare]
-    for names in (own, bare, flat, unflat):
-        for candidate in [key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}")]:
-            if 2 * sum(candidate + name in state for name in names) > len(names):
-                return candidate
-    # in the published naming, which resembles none of ours
-    known = ("model.encoder.", "encoder.", "backbone.")
-    return next((prefix for prefix in known if any(key.startswith(prefix) for key in state)), "")
-
-
-def _adapt_input(
-    full: Any,
-    by_full_name: dict[str, str],
-    own: dict[str, torch.Tensor],
-    state: dict[str, torch.Tensor],
-    report: LoadReport,
-) -> None:
+def _adapt_input(full: Any, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], report: LoadReport) -> None:
     """Make the first convolution fit other input channels, as timm does: summed for one, repeated for more."""
+    names = {full_name: name for name, full_name in full_names(own, full).items()}
     convs = full.pretrained_cfg.get("first_conv") or ()
     for conv in (convs,) if isinstance(convs, str) else convs:
-        name = by_full_name.get(f"{conv}.weight", f"{conv}.weight")
+        name = names.get(f"{conv}.weight", f"{conv}.weight")
         if name not in state or name not in own or state[name].shape == own[name].shape:
             continue
         given, wanted = state[name].shape, own[name].shape
@@ -187,13 +148,16 @@ def _adapt_input(
             report.adapted.append(f"{conv}: from 3 to {wanted[1]} input channels")
 
 
+# ---- which encoder it is ----
+
+
 def _hint(state: dict[str, torch.Tensor], name: str) -> str:
     fitting = [candidate for candidate in fitting_encoders(state) if candidate != name]
     return f". The shapes are those of {' or '.join(repr(f) for f in fitting)}" if fitting else ""
 
 
 def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Registered encoders that weights fit, judged by names and shapes.
+    """Find the registered encoders that weights fit, judged by names and shapes.
 
     Args:
         state_dict: Weights in any naming that a registered family understands.
@@ -205,12 +169,11 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
     for name in list_encoders():
         with torch.device("meta"):
             full: Any = timm.create_model(name)
-        state = _encoder_part(state_dict, full.state_dict(), LoadReport(""))
         try:
-            published = _published_to_full(state, full)
+            published = translate(state_dict, full, full)
         except Exception:  # a family's filter may stumble over the keys of another one
             continue
-        ignored = tuple(f"{full.pretrained_cfg.get(key)}." for key in ("classifier", "first_conv"))
+        ignored = (*classifiers(full), f"{full.pretrained_cfg.get('first_conv')}.")
         wanted = {
             key: value.shape
             for key, value in full.state_dict().items()
@@ -222,17 +185,111 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
     return fitting
 
 
-def fitting_arguments(name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Keyword arguments with which a registered encoder has a place for every tensor of a whole model's backbone.
+def fitting_arguments(name: str, weights: Weights, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Find the keyword arguments with which a timm model has a place for every tensor of an encoder.
 
     Args:
-        name: A registered encoder that the weights fit.
-        state_dict: The weights.
+        name: The timm model.
+        weights: What `pull` returned; an encoder, or a model that contains one.
+        kwargs: Keyword arguments that are known.
 
     Returns:
-        ``{"norm_features": True}`` if they have norms of the returned maps, else nothing.
+        What the family says (``norm_features``, for instance), and ``num_classes`` if the weights have a classifier.
+
+    Raises:
+        WeightMismatchError: If they are another model's.
     """
-    with torch.device("meta"):
-        full = timm.create_model(name)
-    published = _published_to_full(_encoder_part(state_dict, full.state_dict(), LoadReport("")), full)
-    return {"norm_features": True} if any(key.startswith("feature_norms.") for key in published) else {}
+    full = build_empty(lambda: timm.create_model(name, **(kwargs or {})))
+    return needed_arguments(full, _translated(weights, name, full, full)[0])
+
+
+# ---- timm's own way: create_model(..., pretrained=True) ----
+
+
+def build_pretrained(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Build a timm model, as timm's `build_model_with_cfg` does, with weights that come through our reader.
+
+    Weights from elsewhere are fetched, verified and read by `pull`, so that whatever goes wrong is one error. What lies
+    on this machine (``file``, ``state_dict``, ``local-dir:``) timm reads itself. In both cases timm loads them into the
+    model: it adapts the first convolution and leaves out a classifier of other classes.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Its registered name.
+        pretrained: Whether to load weights.
+        pretrained_cfg: Tag or configuration of the weights, by default the registered one.
+        pretrained_cfg_overlay: Replaces entries of it.
+        cache_dir: Folder for fetched files, instead of the usual caches.
+        **kwargs: As for `build_model_with_cfg`.
+
+    Returns:
+        The model, or a feature extractor around it.
+
+    Raises:
+        WeightsError: If the weights cannot be had, or there are none; with the name, what failed and what to do.
+    """
+    weights = None
+    if pretrained:
+        config: Any = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        try:
+            weights = _fetch(variant, config, cache_dir)
+        except WeightsError as error:
+            name = f"{variant}.{config.tag}" if config.tag else variant
+            raise type(error)(
+                f"pretrained=True: the weights '{name}' could not be loaded. {error}\n"
+                f"pretrained=False builds the model with random weights"
+            ) from None  # which says it all, behind pages of what the network libraries raised
+    # timm copies its configuration several times: it gets a mark, and the tensors past it
+    mark = {} if weights is None else {"state_dict": {"from": weights.source}}
+
+    def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+        return translate(state_dict if weights is None else weights.state_dict, model, model)
+
+    model: Any = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=(pretrained_cfg_overlay or {}) | mark,
+        pretrained_filter_fn=filter_fn,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    if weights is not None:
+        model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _fetch(variant: str, config: PretrainedCfg, cache_dir: str | Path | None) -> Weights | None:
+    """The weights that a configuration leads to; ``None`` if timm is to read them itself."""
+    if config.file or config.state_dict or config.source == "local-dir":
+        return None
+    registered = get_pretrained_cfg(f"{variant}.{config.tag}" if config.tag else variant)
+    places = [(c.url, c.hf_hub_id) for c in (config, registered) if c is not None]
+    if config.source is None and places[0] == places[-1] and config.tag:  # nobody said otherwise
+        published = find_published(f"{variant}.{config.tag}")
+        if published is None:
+            raise WeightsError(
+                "Nobody published any. pretrained_cfg_overlay={'file': …} loads a file of yours, and "
+                "'hf-hub:owner/name' in place of the model's name a Hub repository"
+            )
+        if cache_dir is None or not published.url:
+            return pull(published.name)
+        return pull_url(published.url, published.sha256, folder=cache_dir)
+    if config.hf_hub_id:
+        if cache_dir is not None:  # which only timm passes on
+            return None
+        repo, _, revision = split_hub_id(config.hf_hub_id)
+        file = f"/{config.hf_hub_filename}" if config.hf_hub_filename else ""
+        return pull(f"hf-hub:{repo}{file}", revision)
+    if not config.url:
+        raise WeightsError("The configuration says of no place where they lie: neither 'file', 'url' nor 'hf_hub_id'")
+    return pull_url(str(config.url), folder=cache_dir)

@@ -19,7 +19,7 @@ import torch
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 
 from lk_backbones._private.smp import EncoderMixin
-from lk_backbones.encoders._names import family_filter, timm_model, timm_names
+from lk_backbones.encoders._names import elsewhere, timm_model, translate
 from lk_backbones.encoders._registry import list_encoders
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.download import fetch_from_hub
@@ -60,23 +60,14 @@ class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
         Raises:
             WeightsError: If it holds NaN or infinity, or numbers of another kind than the encoder's.
         """
-        if not any(key.startswith("model.") for key in state_dict):
-            state_dict = self._from_timm(state_dict)
-        check_values(state_dict, self.state_dict(), f"the state dict for {self.name}")
+        own = self.state_dict()
+        if not state_dict.keys() <= own.keys():
+            full = timm_model(self)
+            renamed = translate(state_dict, self, full)
+            left_out = elsewhere(renamed, own, full)
+            state_dict = {key: value for key, value in renamed.items() if key not in left_out}
+        check_values(state_dict, own, f"the state dict for {self.name}")
         return super().load_state_dict(state_dict, **kwargs)
-
-    def _from_timm(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Rename timm's or the published keys to those of timm's feature extractor."""
-        model: Any = timm_model(self)
-        state_dict = family_filter(model)(state_dict, model)
-        names = {full_name: name for name, full_name in timm_names(self, model).items()}
-        unused = set(model.state_dict()) - names.keys()
-        classifier = model.pretrained_cfg["classifier"]
-        return {
-            names.get(key, key): value  # an unknown key stays: the strict load names it
-            for key, value in state_dict.items()
-            if key not in unused and not (key.startswith(f"{classifier}.") and key not in names)
-        }
 
 
 def _warn_of_dropped_arguments(name: str) -> None:
@@ -154,7 +145,9 @@ class _RepositorySettings(dict[str, Any]):
             "nobody published weights for it"
             if published is None
             else (
-                f"lk_backbones.hub.load_weights(model, '{published.name}') loads them in a second step, and "
+                f"smp.Unet('tu-{published.name}', encoder_weights=True), or any other architecture, takes them from "
+                f"where they were published, lk_backbones.hub.load_weights(model, '{published.name}') loads them in a "
+                f"second step, and "
                 f"{NAMESPACE_VARIABLE} names a Hub user or organisation that mirrors them"
             )
         )

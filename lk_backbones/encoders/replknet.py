@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead, DropPath, create_act_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
+from timm.models import checkpoint_seq, generate_default_cfgs
 
 from lk_backbones._private.timm import feature_take_indices
+from lk_backbones.encoders._loading import build_pretrained
 from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
 from lk_backbones.layers.reparam import (
@@ -28,6 +29,7 @@ from lk_backbones.layers.reparam import (
     fold_norm_into_next,
     is_foldable,
 )
+from lk_backbones.weights.catalogue import timm_configurations
 
 __all__ = ["RepLKNet"]
 
@@ -480,26 +482,16 @@ _RENAMES = (
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Rename a published checkpoint to our keys; leave one of ours alone.
 
-    Understands the reference's classification, backbone and merged (small kernel already folded) checkpoints, the same
-    inside an OpenMMLab model (``backbone.*``, of which only the backbone and the classifier are taken), and OpenMMLab's
-    conversion of the classifiers, where the last norm is called ``stages.3.norm``.
+    Understands the reference's classification, backbone and merged (small kernel already folded) checkpoints, and
+    OpenMMLab's conversion of the classifiers, where the last norm is called ``stages.3.norm``.
 
     Args:
-        state_dict: The checkpoint, or a file's content that holds it under ``"state_dict"`` or ``"model"``.
+        state_dict: The checkpoint's tensors by key, without what is wrapped around them.
         model: The `RepLKNet` to load into.
 
     Returns:
         State dict with our keys. Loading it strictly reports whatever does not fit.
     """
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {
-            key.removeprefix("backbone."): value
-            for key, value in state_dict.items()
-            if key.startswith(("backbone.", "head.fc."))
-        }
     if "stages.0.blocks.0.prelkb_bn.weight" not in state_dict:
         return state_dict
 
@@ -514,6 +506,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if not getattr(model, "num_classes", 0):
         out = {key: value for key, value in out.items() if not key.startswith("head.fc.")}
     return _unfold_merged(out, model)
+
+
+def checkpoint_arguments(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Tell the keyword arguments without which a model has no place for some tensors.
+
+    Args:
+        state_dict: Tensors by our keys, as `checkpoint_filter_fn` returns them.
+
+    Returns:
+        ``{"norm_features": True}`` if they have norms of the returned maps, else nothing.
+    """
+    return {"norm_features": True} if any(key.startswith("feature_norms.") for key in state_dict) else {}
 
 
 def _unfold_merged(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -547,69 +551,17 @@ def _unfold_merged(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
     return out
 
 
-# ---- weights ----
+# ---- weights: lk_backbones/weights/catalogue.json ----
 
-_REFERENCE = "https://github.com/DingXiaoH/RepLKNet-pytorch"
-_MIRROR = "https://download.openmmlab.com/mmclassification/v0/replknet/replknet-"
-
-
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": _REFERENCE,
-        "paper_name": "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs",
-        "paper_ids": "arXiv:2203.06717",
-        **kwargs,
-    }
-
-
-# Evaluated by warping the picture to 384x384 rather than by cropping, as the reference does at 384 and above.
-_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
-_XL: dict[str, Any] = {
-    "input_size": (3, 320, 320),
-    "pool_size": (10, 10),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
-
-# The authors' files lie on file-sharing drives, linked from `origin_url`; six classifiers are mirrored over HTTP. The
-# pre-training checkpoints have no mirror. How many classes MegData73M has is not stated: it loads without a classifier.
+# The authors' files lie on file-sharing drives; six classifiers are mirrored over HTTP. How many classes MegData73M has
+# is not stated: it loads without a classifier.
 default_cfgs = generate_default_cfgs(
-    {
-        "replknet_31b.in1k": _cfg(_MIRROR + "31B_3rdparty_in1k_20221118-fd08e268.pth"),
-        "replknet_31b.in1k_384": _cfg(_MIRROR + "31B_3rdparty_in1k-384px_20221118-03a170ce.pth", **_384),
-        "replknet_31b.in22k_ft_in1k": _cfg(_MIRROR + "31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46.pth"),
-        "replknet_31b.in22k_ft_in1k_384": _cfg(
-            _MIRROR + "31B_in21k-pre_3rdparty_in1k-384px_20221118-76c92b24.pth", **_384
-        ),
-        "replknet_31b.in22k": _cfg(num_classes=21841),
-        "replknet_31b.in1k_120ep": _cfg(),
-        "replknet_31l.in22k_ft_in1k_384": _cfg(
-            _MIRROR + "31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c.pth", **_384
-        ),
-        "replknet_31l.in22k": _cfg(num_classes=21841),
-        "replknet_xl.meg73m_ft_in1k_320": _cfg(
-            _MIRROR + "XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth", **_XL
-        ),
-        "replknet_xl.meg73m": _cfg(num_classes=0, **_XL),
-        # Nobody published weights for these, but for one of 120 epochs, of which the paper shows the receptive field.
-        "replknet_31n.untrained": _cfg(),
-        "replknet_31t.untrained": _cfg(),
-        "replknet_3b.untrained": _cfg(),
-        "replknet_7b.untrained": _cfg(),
-        "replknet_13b.in1k_120ep": _cfg(),
-        "replknet_25b.untrained": _cfg(),
-    }
+    timm_configurations(
+        "RepLKNet",
+        untrained=("replknet_31n", "replknet_31t", "replknet_3b", "replknet_7b", "replknet_25b"),
+        first_conv="stem.0.conv",
+        classifier="head.fc",
+    )
 )
 
 
@@ -621,14 +573,7 @@ def _create_replknet(variant: str, pretrained: bool = False, **kwargs: Any) -> R
     if kwargs.get("norm_features"):
         # What is returned differs from what flows on, which only `forward_intermediates` can express.
         feature_cfg["feature_cls"] = "getter"
-    return build_model_with_cfg(
-        RepLKNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    return build_pretrained(RepLKNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 _NANO = {"depths": (2, 2, 6, 2), "channels": (32, 64, 128, 256)}

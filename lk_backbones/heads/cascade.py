@@ -6,7 +6,6 @@ regions of rising IoU with their object, each starting from the boxes of the one
 parts make up this one.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,15 +16,15 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import Conv2dNormActivation
 
-from lk_backbones.heads import pyramid
 from lk_backbones.heads.predictors import BoxPredictor, MaskPredictor
 from lk_backbones.heads.protocol import Detector
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PyramidAnchorGenerator, PyramidRoIAlign, SmoothMaskTransform
 from lk_backbones.heads.roi_heads import BOX_LOSSES, CascadeStage
 from lk_backbones.heads.rpn import RegionProposalNetwork
+from lk_backbones.weights.openmmlab import rename_cascade
 
-__all__ = ["CascadeRCNN", "CascadeRoIHeads", "checkpoint_filter_fn"]
+__all__ = ["CascadeRCNN", "CascadeRoIHeads"]
 
 
 class CascadeRoIHeads(nn.Module):
@@ -298,6 +297,16 @@ class CascadeRCNN(Detector, GeneralizedRCNN):
         self.needs_masks = masks
         self.class_agnostic = class_agnostic
 
+    def openmmlab_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename and reorder everything but the backbone of an OpenMMLab Cascade (Mask) R-CNN, see `Detector`."""
+        return rename_cascade(
+            state_dict,
+            maps=len(self.backbone.fpn.inner_blocks),
+            convs=sum(isinstance(block, Conv2dNormActivation) for block in self.roi_heads.stages[0].box_head),
+            masks=self.needs_masks,
+            class_agnostic=self.class_agnostic,
+        )
+
 
 def _initialize(box_head: nn.Module, box_predictor: nn.Module) -> None:
     """Initialise what torchvision leaves to PyTorch's defaults, as OpenMMLab does."""
@@ -309,59 +318,3 @@ def _initialize(box_head: nn.Module, box_predictor: nn.Module) -> None:
         layer = cast(nn.Linear, box_predictor.get_submodule(name))
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
-
-
-# OpenMMLab's names -> ours, the first that fits; "{fc}" is the place of the first fully connected layer.
-_NAMES = (
-    (r"rpn_head\.rpn_conv\.", r"rpn.head.conv.0.0."),
-    (r"rpn_head\.rpn_cls\.", r"rpn.head.cls_logits."),
-    (r"rpn_head\.rpn_reg\.", r"rpn.head.bbox_pred."),
-    (r"roi_head\.bbox_head\.(\d+)\.shared_convs\.(\d+)\.conv\.", r"roi_heads.stages.\1.box_head.\2.0."),
-    (r"roi_head\.bbox_head\.(\d+)\.shared_convs\.(\d+)\.bn\.", r"roi_heads.stages.\1.box_head.\2.1."),
-    (r"roi_head\.bbox_head\.(\d+)\.shared_fcs\.0\.", r"roi_heads.stages.\1.box_head.{fc}."),
-    (r"roi_head\.bbox_head\.(\d+)\.fc_cls\.", r"roi_heads.stages.\1.box_predictor.cls_score."),
-    (r"roi_head\.bbox_head\.(\d+)\.fc_reg\.", r"roi_heads.stages.\1.box_predictor.bbox_pred."),
-    (r"roi_head\.mask_head\.(\d+)\.convs\.(\d+)\.conv\.", r"roi_heads.stages.\1.mask_head.\2.0."),
-    (r"roi_head\.mask_head\.(\d+)\.upsample\.", r"roi_heads.stages.\1.mask_predictor.conv5_mask."),
-    (r"roi_head\.mask_head\.(\d+)\.conv_logits\.", r"roi_heads.stages.\1.mask_predictor.mask_fcn_logits."),
-)
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: CascadeRCNN) -> dict[str, torch.Tensor]:
-    """Rename and reorder everything but the backbone of an OpenMMLab Cascade (Mask) R-CNN checkpoint.
-
-    There the background is the last class and has neither box deltas nor a mask; here, as in torchvision, it is the
-    first and has both, which nothing reads: they become zeros.
-
-    Args:
-        state_dict: Keys ``neck.*``, ``rpn_head.*`` and ``roi_head.*``.
-        model: The detector they are for. If it has no masks, the mask heads are left out.
-
-    Returns:
-        State dict of everything in the detector but the encoder.
-
-    Raises:
-        KeyError: If a key belongs to no part of the published cascade.
-    """
-    neck = {key: value for key, value in state_dict.items() if key.startswith("neck.")}
-    renamed = {f"backbone.{key}": v for key, v in pyramid.checkpoint_filter_fn(neck, model.backbone).items()}
-    convs = sum(isinstance(block, Conv2dNormActivation) for block in model.roi_heads.stages[0].box_head)
-    for key, value in state_dict.items():
-        if key in neck:
-            continue
-        for pattern, replacement in _NAMES:
-            name, hits = re.subn(f"^{pattern}", replacement.format(fc=convs + 1), key)
-            if hits:
-                break
-        else:
-            raise KeyError(f"'{key}' is in no part of OpenMMLab's Cascade R-CNN: neck.*, rpn_head.*, roi_head.*")
-        if ".mask_head." in key and not model.needs_masks:
-            continue
-        if ".fc_cls." in key:
-            value = value.roll(1, dims=0)
-        elif ".conv_logits." in key:
-            value = torch.cat([torch.zeros_like(value[:1]), value])
-        elif ".fc_reg." in key and not model.class_agnostic:
-            value = torch.cat([torch.zeros_like(value[:4]), value])
-        renamed[name] = value
-    return renamed

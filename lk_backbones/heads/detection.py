@@ -1,18 +1,16 @@
 """Detectors by name: any smp encoder under a feature pyramid, with torchvision's heads or those it lacks."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from lk_backbones._private.torchvision import skips_resize
-from lk_backbones.heads import cascade, fcos
 from lk_backbones.heads.cascade import CascadeRCNN
 from lk_backbones.heads.fcos import FCOS
 from lk_backbones.heads.predictors import BoxPredictor, MaskPredictor, RetinaNetHead, RPNHead
@@ -21,7 +19,7 @@ from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PictureTransform, PyramidAnchorGenerator, PyramidRoIAlign
 from lk_backbones.weights.errors import nearest
 
-__all__ = ["DETECTORS", "build_detector", "published_state_dict"]
+__all__ = ["DETECTORS", "build_detector"]
 
 
 class _FasterRCNN(Detector, detection.FasterRCNN):
@@ -205,27 +203,3 @@ def build_detector(
     if not isinstance(detector.transform, PictureTransform):
         detector.transform = PictureTransform.like(detector.transform)
     return detector
-
-
-def published_state_dict(detector: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename everything but the backbone of an OpenMMLab detector to the keys of a detector built here.
-
-    Args:
-        detector: A detector of the same architecture as the checkpoint.
-        state_dict: Keys ``neck.*``, ``rpn_head.*``, ``roi_head.*`` and ``bbox_head.*``. Those of the backbone are not
-            among them: its family renames them, to keys under ``backbone.encoder.``.
-
-    Returns:
-        State dict of everything in the detector but ``backbone.encoder.*``.
-
-    Raises:
-        ValueError: If no weights were published for the detector's architecture.
-        KeyError: If a key belongs to no part of the published detector.
-    """
-    if isinstance(detector, CascadeRCNN):
-        return cascade.checkpoint_filter_fn(state_dict, detector)
-    if isinstance(detector, FCOS):
-        return fcos.checkpoint_filter_fn(state_dict, detector)
-    raise ValueError(
-        f"weights are published for Cascade R-CNN and FCOS only, not for {type(detector).__name__.removeprefix('_')}"
-    )

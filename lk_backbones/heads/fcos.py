@@ -17,12 +17,12 @@ from torchvision.models import detection
 from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
 from lk_backbones._private.torchvision import BoxLinearCoder
-from lk_backbones.heads import pyramid
 from lk_backbones.heads.protocol import Detector, to_full_precision
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PyramidAnchorGenerator
+from lk_backbones.weights.openmmlab import rename_fcos
 
-__all__ = ["FCOS", "FCOSHead", "checkpoint_filter_fn", "iou_loss"]
+__all__ = ["FCOS", "FCOSHead", "iou_loss"]
 
 
 class FCOSHead(nn.Module):
@@ -194,6 +194,10 @@ class FCOS(Detector, detection.FCOS):
         self.center_sampling_radius = center_sampling_radius
         self.box_coder = BoxLinearCoder(normalize_by_size=False)  # distances are in pixels
 
+    def openmmlab_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename the pyramid and head of an OpenMMLab FCOS, see `Detector`."""
+        return rename_fcos(state_dict, maps=len(self.backbone.fpn.inner_blocks))
+
     def compute_loss(
         self,
         targets: list[dict[str, torch.Tensor]],
@@ -311,40 +315,3 @@ def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
-
-
-# OpenMMLab's module -> ours. In every convolution block its `conv` and `gn` are our `0` and `1`.
-_MODULES = {
-    "bbox_head.cls_convs.": "head.classification_tower.",
-    "bbox_head.reg_convs.": "head.regression_tower.",
-    "bbox_head.conv_cls.": "head.cls_logits.",
-    "bbox_head.conv_reg.": "head.bbox_reg.",
-    "bbox_head.conv_centerness.": "head.bbox_ctrness.",
-    "bbox_head.scales.": "head.scales.",
-}
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: FCOS) -> dict[str, torch.Tensor]:
-    """Rename the pyramid and head of an OpenMMLab FCOS checkpoint.
-
-    Args:
-        state_dict: Keys ``neck.*`` and ``bbox_head.*``.
-        model: The detector they are for.
-
-    Returns:
-        State dict of everything in the detector but the encoder.
-
-    Raises:
-        KeyError: If a key belongs to no part of the published FCOS.
-    """
-    neck = {key: value for key, value in state_dict.items() if key.startswith("neck.")}
-    renamed = {f"backbone.{key}": v for key, v in pyramid.checkpoint_filter_fn(neck, model.backbone).items()}
-    for key, value in state_dict.items():
-        if key in neck:
-            continue
-        prefix = next((prefix for prefix in _MODULES if key.startswith(prefix)), None)
-        if prefix is None:
-            raise KeyError(f"'{key}' is in no part of OpenMMLab's FCOS; known modules: neck. and {sorted(_MODULES)}")
-        rest = key.removeprefix(prefix).replace("conv.", "0.", 1).replace("gn.", "1.", 1).removesuffix(".scale")
-        renamed[_MODULES[prefix] + rest] = value
-    return renamed

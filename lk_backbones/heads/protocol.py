@@ -1,6 +1,6 @@
 """What every detector here has in common, on top of torchvision's protocol."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,23 @@ class Detector(nn.Module):
                 f"labels must be 1 to {self.num_classes} (0 is the background), got {int(labels.min())} to "
                 f"{int(labels.max())}"
             )
+
+    def openmmlab_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename everything but the backbone of an OpenMMLab detector to the keys of this one.
+
+        Args:
+            state_dict: Keys ``neck.*``, ``rpn_head.*``, ``roi_head.*`` and ``bbox_head.*``.
+
+        Returns:
+            State dict of everything in the detector but ``backbone.encoder.*``.
+
+        Raises:
+            ValueError: If no weights were published for this architecture.
+            KeyError: If a key belongs to no part of the published detector.
+        """
+        raise ValueError(
+            f"weights are published for Cascade R-CNN and FCOS only, not for {type(self).__name__.removeprefix('_')}"
+        )
 
 
 class FullPrecisionOutputs(nn.Module):

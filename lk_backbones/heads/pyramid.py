@@ -6,14 +6,13 @@ torchvision classifier only) lacks.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-__all__ = ["EncoderPyramid", "checkpoint_filter_fn"]
+__all__ = ["EncoderPyramid"]
 
 
 class EncoderPyramid(nn.Module):
@@ -77,34 +76,3 @@ class EncoderPyramid(nn.Module):
             # with zero gradients, so that DistributedDataParallel finds every parameter in use.
             maps = [maps[0] + 0 * features[2].mean(), *maps[1:]]
         return self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps)))
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], pyramid: EncoderPyramid) -> dict[str, torch.Tensor]:
-    """Rename the ``neck.*`` keys of an OpenMMLab detector to those of an `EncoderPyramid`.
-
-    Args:
-        state_dict: Keys ``neck.lateral_convs.*`` and ``neck.fpn_convs.*``.
-        pyramid: The pyramid they are for; it tells which of the convolutions make the extra levels.
-
-    Returns:
-        A new dictionary with the same tensors.
-
-    Raises:
-        KeyError: If a key belongs to no part of the pyramid.
-    """
-    extra = len(pyramid.fpn.inner_blocks)
-    renamed = {}
-    for key, value in state_dict.items():
-        _, part, index, block, *rest = [*key.split("."), "", "", ""]
-        name = ".".join(filter(None, rest))
-        # convolution and norm of a block are `conv` and `bn` there, `0` and `1` in torchvision
-        position = {"conv": "0", "bn": "1"}.get(block)
-        if position is None or not index.isdecimal() or part not in ("lateral_convs", "fpn_convs"):
-            raise KeyError(f"'{key}' is in no part of OpenMMLab's FPN")
-        if part == "lateral_convs":
-            renamed[f"fpn.inner_blocks.{index}.{position}.{name}"] = value
-        elif int(index) < extra:
-            renamed[f"fpn.layer_blocks.{index}.{position}.{name}"] = value
-        else:
-            renamed[f"fpn.extra_blocks.p{int(index) - extra + 6}.{name}"] = value
-    return renamed

@@ -23,7 +23,7 @@ from segmentation_models_pytorch.encoders import get_encoder
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
-__all__ = ["OpenMMLabUPerNet", "UPerNetDecoder", "checkpoint_filter_fn"]
+__all__ = ["OpenMMLabUPerNet", "UPerNetDecoder"]
 
 # In place, the ReLU would change what a hook on the norm has kept.
 _ConvNormReLU = partial(Conv2dNormActivation, inplace=False)
@@ -184,49 +184,6 @@ class OpenMMLabUPerNet(SegmentationModel):
         if self.classification_head is not None:
             return logits, self.classification_head(features[-1])
         return logits
-
-
-# OpenMMLab's module -> ours. In every convolution block its `conv` and `bn` are our `0` and `1`.
-_MODULES = {
-    "decode_head.psp_modules.": "decoder.pyramid_pooling.branches.",
-    "decode_head.bottleneck.": "decoder.pyramid_pooling.bottleneck.",
-    "decode_head.lateral_convs.": "decoder.lateral_convs.",
-    "decode_head.fpn_convs.": "decoder.fpn_convs.",
-    "decode_head.fpn_bottleneck.": "decoder.fusion.",
-    "decode_head.conv_seg.": "segmentation_head.0.",
-    "auxiliary_head.convs.": "auxiliary_head.convs.",
-    "auxiliary_head.conv_seg.": "auxiliary_head.classifier.",
-}
-
-
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the heads of an OpenMMLab UPerNet checkpoint.
-
-    ``decode_head.*`` becomes ``decoder.*`` and ``segmentation_head.*`` of `OpenMMLabUPerNet`; ``auxiliary_head.*``
-    becomes the keys of `FCNHead` under ``auxiliary_head.``. Keys of the backbone and keys that already have our
-    names are kept as they are: the backbone's family renames its own.
-
-    Args:
-        state_dict: Key to tensor, possibly still wrapped as ``{"state_dict": ...}``.
-
-    Returns:
-        A new dictionary with the same tensors.
-
-    Raises:
-        KeyError: If a key of the published heads is unknown, so that nothing is dropped silently.
-    """
-    state_dict = state_dict.get("state_dict", state_dict)  # type: ignore[assignment]
-    renamed = {}
-    for key, value in state_dict.items():
-        prefix = next((prefix for prefix in _MODULES if key.startswith(prefix)), None)
-        if prefix is None:
-            if key.startswith(("decode_head.", "auxiliary_head.")) and not key.startswith("auxiliary_head.classifier."):
-                raise KeyError(f"'{key}' is in no head of OpenMMLab's UPerNet; known modules: {sorted(_MODULES)}")
-            renamed[key] = value
-            continue
-        rest = key.removeprefix(prefix).replace("conv.", "0.", 1).replace("bn.", "1.", 1)
-        renamed[_MODULES[prefix] + rest] = value
-    return renamed
 
 
 # `smp.create_model("upernet_openmmlab", ...)` and `smp.from_pretrained`, which looks for the class in smp; a name that

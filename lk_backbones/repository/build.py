@@ -7,10 +7,9 @@ import segmentation_models_pytorch as smp
 import timm
 from torch import nn
 
-from lk_backbones.encoders._loading import fitting_arguments, fitting_encoders, is_dense_model
+from lk_backbones.encoders._loading import fitting_arguments, fitting_encoders
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.base import BaseTask, saved_task, without_encoder_weights
-from lk_backbones.tasks.openmmlab import detector_arguments, upernet_arguments
 from lk_backbones.weights.arguments import (
     check_architecture,
     check_buildable,
@@ -20,6 +19,7 @@ from lk_backbones.weights.arguments import (
 )
 from lk_backbones.weights.catalogue import identify_published, list_published
 from lk_backbones.weights.errors import WeightsError, shorten
+from lk_backbones.weights.openmmlab import detector_arguments, is_dense_model, upernet_arguments
 from lk_backbones.weights.saved import build_saved
 from lk_backbones.weights.sources import Weights
 
@@ -65,15 +65,19 @@ def build_model(weights: Weights, name: str | None = None, kwargs: dict[str, Any
 
 def _build(make: Callable[[], Any], weights: Weights) -> Any:
     """Build a model that a file describes, unless it outgrows the tensors that it is to take."""
-    tensors = [*weights.state_dict.values(), *weights.extra.values()]
-    numbers = sum(tensor.numel() for tensor in tensors)
-    check_buildable(make, f"'{weights.source}'", 2 * numbers + 10_000_000, 2 * len(tensors) + 10_000)
+    _check_size(make, weights)
     try:
         return make()
     except WeightsError:
         raise
     except Exception as error:
         raise not_buildable(f"'{weights.source}'", error) from error
+
+
+def _check_size(make: Callable[[], Any], weights: Weights) -> None:
+    tensors = [*weights.state_dict.values(), *weights.extra.values()]
+    numbers = sum(tensor.numel() for tensor in tensors)
+    check_buildable(make, f"'{weights.source}'", 2 * numbers + 10_000_000, 2 * len(tensors) + 10_000)
 
 
 def _task(hyper_parameters: Any, weights: Weights) -> BaseTask:
@@ -128,16 +132,13 @@ def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any])
                 f"Cascade Mask R-CNN and FCOS are known. load_weights(model, …) takes its backbone"
             ) from error
         arguments |= _preprocessing(weights, name, encoders[0])
-        arguments |= {"encoder": encoders[0], "encoder_kwargs": fitting_arguments(encoders[0], state) | kwargs}
+        arguments |= {"encoder": encoders[0], "encoder_kwargs": fitting_arguments(encoders[0], weights) | kwargs}
         task_class = SegmentationTask if segments else DetectionTask
         return _build(lambda: task_class(**arguments), weights)
-    classes = [len(value) for key, value in state.items() if key in _CLASSIFIER_WEIGHTS]
     name = name if name in encoders else encoders[0]
-    arguments = dict[str, Any](num_classes=classes[0] if classes else 0) | kwargs
+    _check_size(lambda: timm.create_model(name, **kwargs), weights)
+    arguments = {"num_classes": 0} | fitting_arguments(name, weights, kwargs) | kwargs
     return _build(lambda: timm.create_model(name, **arguments), weights)
-
-
-_CLASSIFIER_WEIGHTS = ("head.weight", "head.fc.weight")
 
 
 def _preprocessing(weights: Weights, name: str | None, encoder: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from lk_backbones.metrics.masks import encode_masks
 from lk_backbones.metrics.tables import ap_table
 from lk_backbones.tasks.base import BaseTask, check_shared_arguments, mean_and_std
 from lk_backbones.tasks.encoder import build_encoder
+from lk_backbones.tasks.openmmlab import openmmlab_encoder
+from lk_backbones.weights.openmmlab import split_backbone
 
 __all__ = ["DetectionTask"]
 
@@ -305,6 +307,13 @@ class DetectionTask(BaseTask):
         return [info | found for info, found in zip(infos, detected, strict=True)]
 
     # --- what callbacks ask -----------------------------------------------------------------------------------------
+
+    def openmmlab_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename a published detector to the keys of this task, see `lk_backbones.tasks.openmmlab_state_dict`."""
+        backbone, others = split_backbone(state_dict)
+        encoder = openmmlab_encoder(self.encoder, self.hparams["encoder_kwargs"], backbone)
+        renamed = {f"model.backbone.encoder.{key}": value for key, value in encoder.items()}
+        return renamed | {f"model.{key}": value for key, value in self.model.openmmlab_state_dict(others).items()}
 
     def figures(self, opacity: float = 0.6, score_threshold: float = 0.3) -> Figures:
         """See `BaseTask.figures`."""

@@ -18,6 +18,8 @@ from lk_backbones.tasks.architecture import AUXILIARY_LEVEL, build_auxiliary_hea
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.inference import augmented_probabilities, pad_to_multiple, resize, sliding_window
 from lk_backbones.tasks.losses import SegmentationLoss
+from lk_backbones.tasks.openmmlab import openmmlab_encoder
+from lk_backbones.weights.openmmlab import rename_upernet, split_backbone
 
 __all__ = ["SegmentationTask"]
 
@@ -332,6 +334,23 @@ class SegmentationTask(BaseTask):
         return result
 
     # --- what callbacks ask -----------------------------------------------------------------------------------------
+
+    def openmmlab_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename a published UPerNet to the keys of this task, see `lk_backbones.tasks.openmmlab_state_dict`."""
+        backbone, heads = split_backbone(state_dict)
+        for key in heads:
+            if not key.startswith(("decode_head.", "auxiliary_head.")):
+                raise KeyError(
+                    f"'{key}' is in no part of an OpenMMLab segmentation model: backbone, decode_head, auxiliary_head"
+                )
+        encoder = openmmlab_encoder(self.encoder, self.hparams["encoder_kwargs"], backbone)
+        renamed = {f"model.encoder.{key}": value for key, value in encoder.items()}
+        for key, value in rename_upernet(heads).items():
+            if not key.startswith("auxiliary_head."):
+                renamed[f"model.{key}"] = value
+            elif self.auxiliary_head is not None:
+                renamed[key] = value
+        return renamed
 
     def figures(self, opacity: float = 0.6, score_threshold: float = 0.3) -> Figures:
         """See `BaseTask.figures`."""

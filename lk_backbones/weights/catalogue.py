@@ -1,10 +1,12 @@
 """Every published weight of every large-kernel family, whether or not its family is built in yet.
 
 The data is `catalogue.json`, from the authors' READMEs and OpenMMLab's metafile; accuracies are the authors' own. What
-is not known (a checksum, the name of a file on a drive) is left out rather than guessed.
+is not known (a checksum, the name of a file on a drive) is left out rather than guessed. timm's configurations of the
+weights (``default_cfgs``) are made of it: a weight is written once.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -16,7 +18,14 @@ from huggingface_hub import try_to_load_from_cache
 from lk_backbones.weights.download import url_cache
 from lk_backbones.weights.files import sha256_of
 
-__all__ = ["PublishedWeights", "find_published", "identify_published", "list_published", "published_by_checksum"]
+__all__ = [
+    "PublishedWeights",
+    "find_published",
+    "identify_published",
+    "list_published",
+    "published_by_checksum",
+    "timm_configurations",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,9 @@ class PublishedWeights:
         revision: Commit of that repository, if known.
         url: HTTP mirror, if any.
         sha256: Checksum of the mirror's or Hub's file, or its first digits, if known.
+        num_classes: Classes of its classifier; ``None`` if it has none or their number is not known.
+        crop_pct: Share of a picture's shorter side that its authors measured on.
+        crop_mode: How they brought a picture to ``input_size``: ``"center"`` cuts the middle out, ``"squash"`` warps.
     """
 
     name: str
@@ -66,6 +78,9 @@ class PublishedWeights:
     revision: str | None = None
     url: str | None = None
     sha256: str | None = None
+    num_classes: int | None = None
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
 
     @property
     def architecture(self) -> str:
@@ -90,14 +105,19 @@ class PublishedWeights:
 
 
 @cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
+    return content
+
+
+@cache
 def _catalogue() -> dict[str, PublishedWeights]:
-    content = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
-    entries = {}
-    for row in content["weights"]:
-        values = content["families"][row["family"]] | row
-        values |= {key: tuple(values[key]) for key in ("mean", "std")}
-        entries[row["name"]] = PublishedWeights(**values)
-    return entries
+    return {row["name"]: _entry(row) for row in _content()["weights"]}
+
+
+def _entry(row: dict[str, Any]) -> PublishedWeights:
+    values = _content()["families"][row["family"]] | row
+    return PublishedWeights(**values | {key: tuple(values[key]) for key in ("mean", "std")})
 
 
 def list_published(pattern: str = "*", task: str | None = None) -> list[PublishedWeights]:
@@ -130,3 +150,44 @@ def identify_published(file: Path) -> PublishedWeights | None:
 def published_by_checksum(sha256: str) -> PublishedWeights | None:
     """Published weights whose file has this checksum, as far as the catalogue knows it."""
     return next((w for w in _catalogue().values() if w.sha256 and sha256.startswith(w.sha256)), None)
+
+
+def timm_configurations(family: str, untrained: Iterable[str] = (), **common: Any) -> dict[str, Any]:
+    """Make timm's configurations of a family's classifiers, for `timm.models.generate_default_cfgs`.
+
+    Args:
+        family: Name of the model family, such as ``RepLKNet``.
+        untrained: Architectures of which nobody published weights; they are tagged so.
+        **common: What all of them share and the network decides, such as ``first_conv`` and ``classifier``.
+
+    Returns:
+        Name to configuration, in the catalogue's order.
+    """
+    nobodys = {"family": family, "task": "classification", "data": "", "input_size": 224, "num_classes": 1000}
+    entries = [_entry(nobodys | {"name": f"{architecture}.untrained"}) for architecture in untrained]
+    return {weights.name: _timm_configuration(weights) | common for weights in [*_classifiers(family), *entries]}
+
+
+def _classifiers(family: str) -> list[PublishedWeights]:
+    return [weights for weights in list_published(task="classification") if weights.family == family]
+
+
+def _timm_configuration(weights: PublishedWeights) -> dict[str, Any]:
+    size = weights.input_size or 224
+    hub = {"hf_hub_id": weights.hub, "hf_hub_filename": weights.file} if weights.place == "hub" else {}
+    return {
+        "url": weights.url or "",
+        **hub,
+        "num_classes": weights.num_classes or 0,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": weights.crop_pct,
+        "crop_mode": weights.crop_mode,
+        "interpolation": "bicubic",
+        "mean": weights.mean,
+        "std": weights.std,
+        "license": weights.license,
+        "origin_url": weights.page,
+        "paper_name": weights.paper,
+        "paper_ids": f"arXiv:{weights.arxiv}",
+    }

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -467,12 +468,13 @@ def url_cache(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
-def fetch_url(url: str, sha256_prefix: str | None = None) -> Path:
+def fetch_url(url: str, sha256_prefix: str | None = None, folder: str | os.PathLike[str] | None = None) -> Path:
     """Fetch a file over HTTP, or take it from torch's cache, and verify it.
 
     Args:
         url: The file.
         sha256_prefix: The first digits of its checksum, if known.
+        folder: Where to keep it, instead of torch's cache.
 
     Returns:
         The file.
@@ -480,7 +482,7 @@ def fetch_url(url: str, sha256_prefix: str | None = None) -> Path:
     Raises:
         DownloadError: If it cannot be had whole. A damaged file is not left in the cache.
     """
-    file = url_cache(url)
+    file = url_cache(url) if folder is None else Path(folder) / url_cache(url).name
     if file.is_file():
         if sha256_of(file).startswith(sha256_prefix or ""):
             return file
@@ -491,7 +493,7 @@ def fetch_url(url: str, sha256_prefix: str | None = None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         progress = not huggingface_hub.utils.are_progress_bars_disabled() and os.environ.get("RANK", "0") == "0"
         torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress)  # into place only when it is right
-    except URLError as error:
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise DownloadError(f"{url} cannot be fetched ({error}): check the connection, or try again later") from error
     except RuntimeError as error:
         raise DownloadError(

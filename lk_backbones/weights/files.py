@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lk_backbones.weights.errors import WeightsError, shorten
 
-__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "check_stream", "read_checkpoint", "sha256_of"]
+__all__ = ["WEIGHT_SUFFIXES", "Checkpoint", "check_archive", "check_stream", "read_checkpoint", "sha256_of", "unwrap"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -199,16 +199,27 @@ def _unsafe_globals(file: Path, error: Exception) -> list[str]:
             return ["objects of an old or foreign pickle"] if foreign else []
 
 
+def unwrap(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """Find the state dict in what a training script saved.
+
+    Args:
+        content: A file's content, or a state dict as it is.
+
+    Returns:
+        The state dict, and the key that it lay under, if any.
+    """
+    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    return (content, None) if wrapper is None else (content[wrapper], wrapper)
+
+
 def _without_companions(content: Any, file: Path) -> Checkpoint:
     """Find the state dict in a training checkpoint; name everything else."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{file}' holds a {type(content).__name__}, not weights by name")
     skipped: dict[str, list[str]] = {}
     companions: dict[str, Any] = {}
-    state: Mapping[str, Any] = content
-    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    state, wrapper = unwrap(content)
     if wrapper is not None:
-        state = content[wrapper]
         companions = {key: value for key, value in content.items() if key != wrapper}
         for key in companions:
             skipped.setdefault(_COMPANIONS.get(key, "settings and counters of the training"), []).append(str(key))

@@ -19,7 +19,16 @@ from lk_backbones.weights.download import NOT_VERIFIED, HubFile, explain, fetch_
 from lk_backbones.weights.errors import DownloadError, WeightsError, nearest, shorten
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
 
-__all__ = ["NAMESPACE_VARIABLE", "Weights", "default_namespace", "is_source", "pull", "pull_config", "split_hub_id"]
+__all__ = [
+    "NAMESPACE_VARIABLE",
+    "Weights",
+    "default_namespace",
+    "is_source",
+    "pull",
+    "pull_config",
+    "pull_url",
+    "split_hub_id",
+]
 
 NAMESPACE_VARIABLE = "LK_BACKBONES_NAMESPACE"
 _PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -310,7 +319,7 @@ def _from_name(name: str, revision: str | None, namespace: str | None) -> Weight
             )
     else:
         assert published.url is not None  # what `place` says
-        weights = _from_url(published.url, published.sha256, config)
+        weights = pull_url(published.url, published.sha256, config)
     weights.published = published
     return weights
 
@@ -325,7 +334,7 @@ def _from_timm(name: str, revision: str | None) -> Weights:
         repo, _, pinned = split_hub_id(settings["hf_hub_id"])
         return _from_hub(repo, settings.get("hf_hub_filename"), revision or pinned)
     if settings.get("url"):
-        return _from_url(settings["url"], None, settings)
+        return pull_url(settings["url"], None, settings)
     names = [published.name for published in list_published()]
     what = "has no published weights" if config is not None else "is neither a file, a folder nor published weights"
     similar = nearest(name[:80], [*names, *timm.list_pretrained(architecture + "*")])
@@ -335,8 +344,28 @@ def _from_timm(name: str, revision: str | None) -> Weights:
     )
 
 
-def _from_url(url: str, sha256_prefix: str | None, config: dict[str, Any]) -> Weights:
-    file = fetch_url(url, sha256_prefix)
+def pull_url(
+    url: str,
+    sha256_prefix: str | None = None,
+    config: dict[str, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Weights:
+    """Get weights from an HTTP server.
+
+    Args:
+        url: The file.
+        sha256_prefix: The first digits of its checksum, if known.
+        config: What is known of them, as in a ``config.json``.
+        folder: Where to keep the file, instead of torch's cache.
+
+    Returns:
+        State dict and configuration.
+
+    Raises:
+        DownloadError: If the file cannot be had whole.
+        WeightsError: If it is damaged, dangerous or no weights.
+    """
+    file = fetch_url(url, sha256_prefix, folder)
     weights = _from_file(file, config, url)
     weights.verified[file.name] = (
         f"SHA-256 begins with {sha256_prefix}, as the catalogue knows it"

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lk_backbones import hub as lk_hub
 from lk_backbones.weights import Weights
-from lk_backbones.weights.origins import follow
+from lk_backbones.weights.report import follow
 
 State = dict[str, torch.Tensor]
 

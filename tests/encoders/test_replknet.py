@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.utils.model import reparameterize_model
 
+from lk_backbones.encoders._names import translate
 from lk_backbones.encoders.replknet import RepLKNet, checkpoint_filter_fn
 from tests.conftest import assert_golden, load_golden, load_manifest
 
@@ -15,7 +16,7 @@ XL_TINY = {"kernel_sizes": (27, 27, 27, 13), "small_kernel": None, "dw_ratio": 1
 
 
 def load(model: RepLKNet, state_dict: dict[str, torch.Tensor]) -> RepLKNet:
-    model.load_state_dict(checkpoint_filter_fn(state_dict, model), strict=True)
+    model.load_state_dict(translate(state_dict, model, model), strict=True)
     return model.eval()
 
 

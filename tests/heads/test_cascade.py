@@ -12,7 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, generalized_box_iou, roi_align
 
-from lk_backbones.heads.cascade import CascadeRCNN, checkpoint_filter_fn
+from lk_backbones.heads.cascade import CascadeRCNN
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import paste_masks
 from tests.conftest import FIXTURES, assert_golden, load_golden
@@ -42,7 +42,7 @@ def model(golden):
         rpn_post_nms_top_n_test=config["test_cfg"]["rpn"]["max_per_img"],
         box_detections_per_img=config["test_cfg"]["rcnn"]["max_per_img"],
     )
-    model.load_state_dict(checkpoint_filter_fn(golden["state"], model), strict=True)
+    model.load_state_dict(model.openmmlab_state_dict(golden["state"]), strict=True)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from torchvision.models import detection
 from torchvision.ops import box_iou
 
 import lk_backbones
-from lk_backbones.heads import DETECTORS, build_detector, published_state_dict
+from lk_backbones.heads import DETECTORS, build_detector
 from lk_backbones.heads.pyramid import EncoderPyramid
 from tests.conftest import FIXTURES, load_golden, load_manifest, randomize_norms
 from tests.heads.conftest import Maps, TinyEncoder
@@ -325,13 +325,13 @@ def test_every_published_key_has_a_place(name) -> None:
     architecture = "fcos" if name.startswith("fcos") else "cascade_mask_rcnn"
     with torch.device("meta"):
         model = build_detector(architecture, Maps(config["in_channels"]), config["num_classes"], MEAN, STD)
-    renamed = published_state_dict(model, heads)
+    renamed = model.openmmlab_state_dict(heads)
     assert len(renamed) == len(heads) > 40
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
     if architecture == "cascade_mask_rcnn":
         with torch.device("meta"):
             model = build_detector("cascade_rcnn", Maps(config["in_channels"]), config["num_classes"], MEAN, STD)
-        assert published_state_dict(model, heads).keys() == model.state_dict().keys()
+        assert model.openmmlab_state_dict(heads).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["cascade_replknet_31b_coco", "fcos_replknet_31b_coco"])
@@ -343,13 +343,13 @@ def test_whole_published_detector(name) -> None:
         model = build_detector(architecture, encoder, config["num_classes"], MEAN, STD)
     encoder.load_state_dict(backbone, strict=True)  # the family's own renaming
     encoder_keys = {f"backbone.encoder.{key}" for key in encoder.state_dict()}
-    assert published_state_dict(model, heads).keys() | encoder_keys == model.state_dict().keys()
+    assert model.openmmlab_state_dict(heads).keys() | encoder_keys == model.state_dict().keys()
 
 
 def test_background_moves_to_the_front() -> None:
     model = build_detector("cascade_mask_rcnn", Maps([8, 16, 32, 64]), 5, MEAN, STD, fpn_channels=16)
     state = load_golden("cascade_tiny")["state"]
-    renamed = published_state_dict(model, state)
+    renamed = model.openmmlab_state_dict(state)
     theirs, ours = "roi_head.bbox_head.1.", "roi_heads.stages.1.box_predictor."
     assert torch.equal(renamed[ours + "cls_score.bias"][0], state[theirs + "fc_cls.bias"][5])
     assert torch.equal(renamed[ours + "cls_score.bias"][1:], state[theirs + "fc_cls.bias"][:5])
@@ -358,7 +358,7 @@ def test_background_moves_to_the_front() -> None:
 
     agnostic = build_detector("cascade_rcnn", Maps([8, 16, 32, 64]), 5, MEAN, STD, class_agnostic=True)
     key = "roi_head.bbox_head.0.fc_reg.weight"
-    (value,) = published_state_dict(agnostic, {key: torch.ones(4, 32)}).values()
+    (value,) = agnostic.openmmlab_state_dict({key: torch.ones(4, 32)}).values()
     assert torch.equal(value, torch.ones(4, 32))
 
 
@@ -369,12 +369,12 @@ def test_background_moves_to_the_front() -> None:
 def test_unknown_published_key_is_refused(architecture, key) -> None:
     model = small_detector(architecture)
     with pytest.raises(KeyError, match=key):
-        published_state_dict(model, {key: torch.ones(1)})
+        model.openmmlab_state_dict({key: torch.ones(1)})
 
 
 def test_no_weights_are_published_for_others() -> None:
     with pytest.raises(ValueError, match="Cascade R-CNN and FCOS"):
-        published_state_dict(small_detector("retinanet"), {})
+        small_detector("retinanet").openmmlab_state_dict({})
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from lk_backbones.heads.fcos import FCOS, checkpoint_filter_fn
+from lk_backbones.heads.fcos import FCOS
 from lk_backbones.heads.pyramid import EncoderPyramid
 from tests.conftest import FIXTURES, assert_golden, load_golden
 from tests.heads.conftest import Maps
@@ -33,7 +33,7 @@ def test_same_numbers_as_the_reference() -> None:
         topk_candidates=test["nms_pre"],
         detections_per_img=test["max_per_img"],
     ).eval()
-    model.load_state_dict(checkpoint_filter_fn(golden["state"], model), strict=True)
+    model.load_state_dict(model.openmmlab_state_dict(golden["state"]), strict=True)
 
     features = list(model.backbone(torch.empty(1, 3, 128, 160)).values())
     for i, feature in enumerate(features):

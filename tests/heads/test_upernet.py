@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lk_backbones.heads import FCNHead, OpenMMLabUPerNet
-from lk_backbones.heads.upernet import UPerNetDecoder, checkpoint_filter_fn
+from lk_backbones.heads.upernet import UPerNetDecoder
+from lk_backbones.weights.files import unwrap
+from lk_backbones.weights.openmmlab import rename_upernet
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOLERANCE = 2e-5  # of the largest value, as the fixtures' authors state it
@@ -43,7 +45,7 @@ def test_same_numbers_as_the_reference(name: str) -> None:
         decode["in_channels"], decode["channels"], auxiliary["channels"], decode["num_classes"], align_corners
     ).eval()
     state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
-    heads.load_state_dict(checkpoint_filter_fn(state), strict=True)
+    heads.load_state_dict(rename_upernet(state), strict=True)
     maps = [tensors[f"input.{i}"] for i in range(4)]
     features = [torch.empty(2, 3, *info["image_size"]), torch.empty(2, 0, 1, 1), *maps]
 
@@ -70,20 +72,20 @@ def test_every_published_key_of_the_heads_has_a_place(name: str) -> None:
             config["pool_scales"],
         )
     published = {k: torch.empty(v, device="meta") for k, v in shapes.items() if not k.startswith("backbone.")}
-    renamed = checkpoint_filter_fn(published)
+    renamed = rename_upernet(published)
     assert len(renamed) == len(published) == 82
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in heads.state_dict().items()}
 
 
 def test_filter_keeps_our_own_names_and_refuses_unknown_ones() -> None:
     heads = Heads([8, 16, 32, 64], 16, 8, 7, False)
-    assert checkpoint_filter_fn(heads.state_dict()).keys() == heads.state_dict().keys()
-    assert checkpoint_filter_fn({"state_dict": {"backbone.stem.0.conv.weight": torch.ones(1)}}).keys() == {
+    assert rename_upernet(heads.state_dict()).keys() == heads.state_dict().keys()
+    assert rename_upernet(unwrap({"state_dict": {"backbone.stem.0.conv.weight": torch.ones(1)}})[0]).keys() == {
         "backbone.stem.0.conv.weight"
     }
     for key in ("decode_head.mystery.weight", "auxiliary_head.mystery.weight"):
         with pytest.raises(KeyError, match=key):
-            checkpoint_filter_fn({key: torch.ones(1)})
+            rename_upernet({key: torch.ones(1)})
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
