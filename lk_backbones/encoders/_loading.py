@@ -244,11 +244,11 @@ def build_pretrained(
         except WeightsError as error:
             name = f"{variant}.{config.tag}" if config.tag else variant
             raise type(error)(
-                f"pretrained=True: the weights '{name}' could not be loaded. {error}\n"
-                f"pretrained=False builds the model with random weights"
-            ) from None  # which says it all, behind pages of what the network libraries raised
-    # timm copies its configuration several times: it gets a mark, and the tensors past it
-    mark = {} if weights is None else {"state_dict": {"from": weights.source}}
+                f"the weights of '{name}' (pretrained=True) could not be loaded. {error}\n"
+                f"pretrained=False, or encoder_weights=None in smp, builds the model with random weights"
+            ) from None  # it says what there is to say; before it stood pages of what network libraries raised
+    # timm copies its configuration several times: it gets a mark, and the tensors on another way
+    mark = {} if weights is None else {"state_dict": {"from": weights.source}, "source": None}
 
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
         return translate(state_dict if weights is None else weights.state_dict, model, model)
@@ -264,7 +264,10 @@ def build_pretrained(
         **kwargs,
     )
     if weights is not None:
-        model.pretrained_cfg.pop("state_dict", None)
+        for module in model.modules():  # a feature extractor has one, and perhaps the model inside
+            if isinstance(getattr(module, "pretrained_cfg", None), dict):
+                module.pretrained_cfg.pop("state_dict", None)
+                module.pretrained_cfg |= {"source": config.source} if config.source else {}
     return model
 
 

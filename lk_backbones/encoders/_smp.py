@@ -128,8 +128,14 @@ class _RepositorySettings(dict[str, Any]):
         if key not in ("repo_id", "revision"):
             raise KeyError(key)
         repo, revision = self._repository()
-        file = fetch_from_hub(repo, "model.safetensors", revision)
-        fetch_from_hub(repo, "config.json", file.commit)
+        try:
+            file = fetch_from_hub(repo, "model.safetensors", revision)
+            fetch_from_hub(repo, "config.json", file.commit)
+        except WeightsError as error:
+            raise type(error)(
+                f"the weights of '{self.name}' (encoder_weights='{self.key}') could not be loaded. {error}\n"
+                f"encoder_weights=None builds the encoder with random weights"
+            ) from None  # it says what there is to say; before it stood pages of what network libraries raised
         self.update(repo_id=repo, revision=file.commit)  # with a commit, smp's own look-up stays in the cache
         return self[key]
 

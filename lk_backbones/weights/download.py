@@ -488,7 +488,10 @@ def fetch_url(url: str, sha256_prefix: str | None = None, folder: str | os.PathL
             return file
         file.unlink()
     if constants.HF_HUB_OFFLINE:
-        raise DownloadError(f"{url} is not in the cache {file.parent}, and the offline mode (HF_HUB_OFFLINE) is on")
+        raise DownloadError(
+            f"{url} is not in the cache {file.parent}, and the offline mode (HF_HUB_OFFLINE) is on. Fetch it once "
+            f"while online"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         progress = not huggingface_hub.utils.are_progress_bars_disabled() and os.environ.get("RANK", "0") == "0"

@@ -319,7 +319,10 @@ def _from_name(name: str, revision: str | None, namespace: str | None) -> Weight
             )
     else:
         assert published.url is not None  # what `place` says
-        weights = pull_url(published.url, published.sha256, config)
+        try:
+            weights = pull_url(published.url, published.sha256, config)
+        except DownloadError as error:
+            raise DownloadError(f"'{published.name}': {error}") from error
     weights.published = published
     return weights
 

@@ -115,6 +115,21 @@ def test_the_list_knows_the_cache(hub: LoopbackHub, capsys: pytest.CaptureFixtur
     assert "team on the Hub comes first" in out
 
 
+def test_weights_of_an_encoder_that_is_not_built_in(
+    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save
+
+    # whichever families are built in by now
+    monkeypatch.setattr("lk_backbones.cli.hub.list_encoders", lambda: ["replknet_31b"])
+    for name in ("slak_tiny.in1k", "replknet_31b.in1k"):
+        hub.add(f"team/{name}", {"model.safetensors": save({"a": torch.ones(1)})})
+        main(["hub", "pull", name, "--namespace", "team"])
+        out = capsys.readouterr().out
+        assert f"source: hf-hub:team/{name}@" in out
+        assert ("not yet: lk_backbones has no encoder for 'slak_tiny.in1k'" in out) is (name == "slak_tiny.in1k")
+
+
 def test_errors_are_one_sentence(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["hub", "pull", "hf-hub:you/none"])

@@ -40,6 +40,12 @@ def test_the_family_file_says_the_same(published) -> None:
     assert config.license == published.license
     assert config.origin_url == published.page
     assert config.paper_ids == f"arXiv:{published.arxiv}"
+    assert config.num_classes == (published.num_classes or 0)
+    assert (config.crop_pct, config.crop_mode) == (
+        (1.0, "squash") if published.input_size == 384 else (0.875, "center")
+    )
+    assert config.pool_size == (published.input_size // 32,) * 2
+    assert (config.first_conv, config.classifier) == ("stem.0.conv", "head.fc")
 
 
 @pytest.mark.parametrize("name", lk_backbones.list_encoders())
@@ -135,3 +141,22 @@ def test_the_list_shows_where_everything_is(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["hub", "list", "resnet*"])
     assert "no published weights match 'resnet*'" in capsys.readouterr().err
+
+
+def test_the_list_marks_weights_whose_encoder_is_not_built_in(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["hub", "list"])
+    marked, seen = None, {}
+    for line in capsys.readouterr().out.splitlines():
+        if (title := re.match(r"(classification|segmentation|detection)(.*)", line)) is not None:
+            marked = "not yet" in title[2]
+        elif line.strip() and "." in line.split()[0]:
+            seen[line.split()[0]] = marked
+    families = {published.name: published.family for published in list_published()}
+    encoders = lk_backbones.list_encoders()
+    assert seen.keys() >= families.keys()
+    assert seen["replknet_31b.in1k"] is seen["upernet_replknet_31b.in1k_ade20k_512"] is False
+    for name, family in families.items():
+        built_in = any(encoder.startswith(family.lower() + "_") for encoder in encoders)
+        assert seen[name] is not built_in, name
+    main(["hub", "list", "replknet_*"])
+    assert "not yet" not in capsys.readouterr().out
