@@ -208,6 +208,6 @@ def test_a_repository_of_the_hub(hub: LoopbackHub, trained: nn.Module, tmp_path:
 
 def test_a_repository_that_refuses_its_weights(hub: LoopbackHub, trained: nn.Module) -> None:
     lk_hub.push(trained, "you/encoder")
-    with hub.fault(path="model.safetensors", status=403, times=99), pytest.raises(DownloadError) as raised:
+    with hub.fault(path="model.safetensors", method="", status=403, times=99), pytest.raises(DownloadError) as raised:
         timm.create_model("hf-hub:you/encoder", pretrained=True)
     check_error(raised.value, "'you/encoder'", "HTTP 403", "HF_TOKEN")
