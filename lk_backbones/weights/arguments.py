@@ -20,8 +20,8 @@ __all__ = [
     "check_architecture",
     "check_buildable",
     "check_model_arguments",
-    "check_plain",
     "not_buildable",
+    "plain_copy",
     "weight_arguments",
 ]
 
@@ -33,7 +33,8 @@ _WEIGHT_ARGUMENTS = {
 _WEIGHT_PREFIXES = ("checkpoint_", "hf_hub", "pretrained")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODEL_NAME = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)
-_DEEPEST, _LONGEST_TEXT, _LARGEST = 8, 10_000, 1_000_000
+# More values than any constructor takes: lists that are multiples of each other would never end.
+_DEEPEST, _MOST_VALUES, _LONGEST_TEXT, _LARGEST = 8, 100_000, 10_000, 1_000_000
 
 
 def weight_arguments(names: Iterable[str]) -> list[str]:
@@ -48,29 +49,43 @@ def weight_arguments(names: Iterable[str]) -> list[str]:
     return sorted(n for n in names if n in _WEIGHT_ARGUMENTS or n.startswith(_WEIGHT_PREFIXES))
 
 
-def check_plain(value: Any, where: str, largest: float = math.inf, depth: int = 0) -> None:
-    """Refuse anything but ``None``, truth values, finite numbers, texts, and lists and dictionaries of these.
+def plain_copy(value: Any, where: str, largest: float = math.inf) -> Any:
+    """Copy ``None``, truth values, finite numbers, texts, and lists and dictionaries of these; refuse anything else.
 
     Args:
-        value: The value.
+        value: The value. A short tensor of one dimension, such as class weights, counts as a list.
         where: What to call it in the error, with the file and the key.
         largest: Largest number that makes sense.
-        depth: How many containers it lies in.
+
+    Returns:
+        The same in new containers; those of a file may hold each other.
 
     Raises:
         WeightsError: With the key and the value.
     """
+    return _plain_copy(value, where, largest, 0, [_MOST_VALUES])
+
+
+def _plain_copy(value: Any, where: str, largest: float, depth: int, budget: list[int]) -> Any:
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise WeightsError(f"{where} holds more values than any argument has")
     if depth > _DEEPEST:
         raise WeightsError(f"{where} is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, torch.Tensor) and value.ndim == 1 and value.layout is torch.strided and value.numel() <= 1000:
+        value = value.tolist()
     if isinstance(value, Mapping):
-        for key, inner in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise WeightsError(f"{where} has the key {shorten(key)}, which is no text but a {type(key).__name__}")
-            check_plain(inner, f"{where}[{shorten(key)}]", largest, depth + 1)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            check_plain(inner, f"{where}[{i}]", largest, depth + 1)
-    elif isinstance(value, str):
+        return {
+            key: _plain_copy(inner, f"{where}[{shorten(key)}]", largest, depth + 1, budget)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [_plain_copy(inner, f"{where}[{i}]", largest, depth + 1, budget) for i, inner in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, str):
         if len(value) > _LONGEST_TEXT:
             raise WeightsError(f"{where} is a text of {len(value)} letters: {shorten(value)}")
     elif isinstance(value, int | float):
@@ -82,6 +97,7 @@ def check_plain(value: Any, where: str, largest: float = math.inf, depth: int = 
             f"{where} is a {type(value).__name__}; a file that describes a model may hold plain values only: numbers, "
             f"texts, lists and dictionaries"
         )
+    return value
 
 
 def check_model_arguments(arguments: Any, where: str) -> dict[str, Any]:
@@ -102,7 +118,7 @@ def check_model_arguments(arguments: Any, where: str) -> dict[str, Any]:
     for key in arguments:
         if not isinstance(key, str) or not _NAME.fullmatch(key):
             raise WeightsError(f"{where} has the key {shorten(key)}, which is no name of an argument")
-    check_plain(arguments, where, _LARGEST)
+    arguments = plain_copy(arguments, where, _LARGEST)
     loading = weight_arguments(arguments)
     asking = [name for name in loading if arguments[name] not in (None, False)]
     if asking:

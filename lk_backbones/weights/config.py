@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lk_backbones.weights.arguments import check_architecture, check_model_arguments, check_plain
+from lk_backbones.weights.arguments import check_architecture, check_model_arguments, plain_copy
 from lk_backbones.weights.errors import WeightsError, shorten
 
 __all__ = ["read_config"]
@@ -48,7 +48,7 @@ def read_config(file: Path) -> dict[str, Any]:
     own = config.get("_lk_backbones", {})
     for key, kind in {"class": str, "hyper_parameters": dict, "extra": bool}.items():
         _check_type(own.get(key), kind, at("_lk_backbones", key))
-    check_plain(own.get("hyper_parameters"), at("_lk_backbones", "hyper_parameters"))
+    plain_copy(own.get("hyper_parameters"), at("_lk_backbones", "hyper_parameters"))
     return config
 
 
@@ -103,7 +103,7 @@ def _check_preprocessing(values: dict[str, Any], at: Any, *section: str) -> None
         where = at(*section, key)
         if not isinstance(value, list) or not all(type(v) in (int, float) for v in value):
             raise WeightsError(f"{where} must be a list of numbers, one per channel, not {shorten(value)}")
-        check_plain(value, where, 1e6)
+        plain_copy(value, where, 1e6)
         if key == "std" and not all(v > 0 for v in value):
             raise WeightsError(f"{where} must be positive, not {shorten(value)}")
     mean, std = values.get("mean"), values.get("std")

@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import torch
 
-from lk_backbones.weights.arguments import check_model_arguments, check_plain
+from lk_backbones.weights.arguments import check_model_arguments, plain_copy
 from lk_backbones.weights.errors import WeightsError, nearest, shorten
 from lk_backbones.weights.files import check_stream
 
@@ -34,8 +34,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# More than any constructor takes; lists that hold themselves and nested multiples of each other would never end.
-_MOST_VALUES, _DEEPEST = 100_000, 16
+_DEEPEST = 16
 # Arguments that are keyword arguments of a model themselves.
 _OF_MODELS = ("encoder_kwargs", "architecture_kwargs")
 
@@ -232,7 +231,6 @@ def checked_arguments(cls: type, values: object, where: str) -> dict[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise WeightsError(f"{where} must be arguments by name, not a {type(values).__name__}")
-    budget = [_MOST_VALUES]
     parameters = constructor_parameters(cls)
     arguments = {}
     for key, value in values.items():
@@ -245,8 +243,7 @@ def checked_arguments(cls: type, values: object, where: str) -> dict[str, Any]:
                 f"{where}: {cls.__name__} has no argument {shorten(key)}{nearest(key[:80], parameters)}; the file was "
                 f"altered, or written by another version of lk_backbones"
             )
-        plain = _copied(value, f"{where}: {key}", 0, budget)
-        check_plain(plain, f"{where}: {key}")
+        plain = plain_copy(value, f"{where}: {key}")
         if not fits(plain, parameters[key].annotation):
             expected = str(inspect.formatannotation(parameters[key].annotation)).replace("typing.", "")
             raise WeightsError(f"{where}: {key}={shorten(plain)} must be {expected}")
@@ -306,21 +303,6 @@ def _is_finite(value: Any, depth: int) -> bool:
     if isinstance(value, list | tuple) and depth < _DEEPEST:
         return all(_is_finite(item, depth + 1) for item in value)
     return True
-
-
-def _copied(value: Any, where: str, depth: int, budget: list[int]) -> Any:
-    """A copy of its containers, which may hold each other in a file."""
-    budget[0] -= 1
-    if budget[0] < 0 or depth > _DEEPEST:
-        raise WeightsError(f"{where} holds more values, or deeper ones, than any argument has")
-    if isinstance(value, torch.Tensor) and value.ndim == 1 and value.layout is torch.strided and value.numel() <= 1000:
-        return value.tolist()  # such as class weights
-    if isinstance(value, list | tuple):
-        items = [_copied(item, where, depth + 1, budget) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return {key: _copied(item, where, depth + 1, budget) for key, item in value.items()}
-    return value
 
 
 def fits(value: Any, annotation: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lk_backbones import hub as lk_hub
 from lk_backbones.cli import main
+from lk_backbones.encoders._names import translate
 from lk_backbones.repository.build import build_model
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.openmmlab import openmmlab_state_dict
@@ -424,3 +425,64 @@ def test_convert_refuses_with_one_error(
     assert message in error
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == ["x.pth"]
+
+
+def test_a_tensor_under_two_names_is_accounted_for_by_name() -> None:
+    torch.manual_seed(0)
+    giver = SegmentationTask("unet", "replknet_31n", encoder_kwargs=SMALL, num_classes=2)
+    taker = smp.Unet("tu-replknet_31n", encoder_weights=None, classes=2, **SMALL)
+    state = dict(giver.state_dict())
+    state["teacher.bias"] = state["model.segmentation_head.0.bias"]  # the same tensor, which the model has no place for
+    report = lk_hub.load_weights(taker, Weights(state, {}, "w.pth", Path("w.pth")))
+    assert "teacher.bias" in report.skipped["the model has no such part"]
+    assert len(report.loaded) + sum(map(len, report.skipped.values())) == len(state)
+
+
+@pytest.mark.parametrize(("manifest", "classes"), [("replknet_xl_backbone", 0), ("replknet_31b", 1000)])
+def test_the_family_says_what_a_checkpoint_needs(manifest: str, classes: int, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").touch()  # it is looked up by its checksum
+    shapes = load_manifest(manifest)["state_dict"]
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with torch.device("meta"):
+        model = build_model(Weights(state, {}, "w.pth", tmp_path / "w.pth"))
+    assert model.num_classes == classes
+    assert (model.feature_norms is not None) is ("xl" in manifest)
+    renamed, origins = follow(lambda named: translate(named, model), state)
+    assert renamed.keys() <= model.state_dict().keys()
+    assert set().union(*origins.values()) == state.keys()
+
+
+@pytest.mark.parametrize("container", ["timm", "timm features", "smp", "smp by our name"])
+@pytest.mark.parametrize("around", ["", "backbone.", "model.encoder.", "net.body."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
+def test_one_translation_for_every_container(container: str, around: str, wrapper: str | None) -> None:
+    """Out of whatever is around them, published names reach every container of an encoder alike."""
+    name, kwargs = "replknet_31n", {} if container == "smp by our name" else SMALL
+    containers = {
+        "timm": lambda: timm.create_model(name, num_classes=0, **kwargs),
+        "timm features": lambda: timm.create_model(name, features_only=True, **kwargs),
+        "smp": lambda: smp.encoders.get_encoder(f"tu-{name}", weights=None, **kwargs),
+        "smp by our name": lambda: smp.encoders.get_encoder(name, weights=None),
+    }
+    source = timm.create_model(name, num_classes=0, **kwargs)
+    own = {key: value for key, value in source.state_dict().items() if not key.startswith("norm.")}
+    published = {reference(key): value for key, value in own.items()}
+    state: dict = {around + key: value for key, value in (own if around == "net.body." else published).items()}
+    content = state if wrapper is None else {wrapper: state}
+    encoder = containers[container]()
+    renamed = translate(content, encoder)
+    assert len(renamed) == len(state)
+    assert renamed.keys() <= encoder.state_dict().keys()
+    if container == "smp by our name":
+        encoder.load_state_dict(content)  # smp's own way is the same one
+        assert all(torch.equal(encoder.state_dict()[key], value) for key, value in renamed.items())
+
+
+def reference(key: str) -> str:
+    """The authors' name of one of our keys."""
+    key = re.sub(r"^stages\.(\d)\.downsample\.", lambda m: f"transitions.{int(m[1]) - 1}.", key)
+    norm = {0: ".prelkb_bn.", 1: ".preffn_bn."}
+    key = re.sub(r"(\.blocks\.(\d+))\.norm\.", lambda m: m[1] + norm[int(m[2]) % 2], key)
+    return key.replace(".large_kernel.large.", ".large_kernel.lkb_origin.").replace(
+        ".large_kernel.small.", ".large_kernel.small_conv."
+    )
