@@ -32,7 +32,7 @@ from lk_backbones.encoders._names import (
 from lk_backbones.encoders._registry import list_encoders
 from lk_backbones.weights.catalogue import find_published
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
-from lk_backbones.weights.report import LoadReport, Mode, follow, load_state
+from lk_backbones.weights.report import LoadReport, Mode, check_values, follow, load_state
 from lk_backbones.weights.sources import Weights, pull, pull_url, split_hub_id
 
 __all__ = ["build_pretrained", "find_encoder", "fitting_arguments", "fitting_encoders", "load_encoder"]
@@ -251,7 +251,11 @@ def build_pretrained(
     mark = {} if weights is None else {"state_dict": {"from": weights.source}, "source": None}
 
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-        return translate(state_dict if weights is None else weights.state_dict, model, model)
+        if weights is None:
+            return translate(state_dict, model, model)
+        renamed = translate(weights.state_dict, model, model)
+        check_values(renamed, model.state_dict(), f"'{weights.source}'")
+        return renamed
 
     model: Any = build_model_with_cfg(
         model_cls,

@@ -77,6 +77,13 @@ def test_timm_adapts_them_as_always(mirror: str, trained: nn.Module) -> None:
     assert model.head.fc.out_features == 3
 
 
+def test_values_are_looked_at(hub: LoopbackHub, trained: nn.Module) -> None:
+    nn.init.constant_(trained.head.fc.bias, float("nan"))
+    lk_hub.push(trained, "you/encoder")
+    with pytest.raises(WeightsError, match=r"you/encoder@\w+' holds no usable weights: head\.fc\.bias holds NaN"):
+        timm.create_model("hf-hub:you/encoder", pretrained=True)
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another file": ({"change": lambda content: content[:-1] + b"?"}, "arrived damaged"),
     "cut off": ({"cut_after": 100}, "arrived damaged"),
