@@ -175,7 +175,7 @@ def test_subclasses_are_left_alone():
     layer = Scaled(8, 6, 1)
     assert not pack(layer)
     assert type(layer) is Scaled
-    assert not pack(nn.Linear(8, 6))
+    assert not pack(nn.ConvTranspose2d(8, 6, 1))
 
 
 def test_what_runs_through_transforms_is_not_packed():
