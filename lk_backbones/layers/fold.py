@@ -22,6 +22,7 @@ __all__ = [
     "fold_scale_into_previous",
     "is_foldable",
     "merge_kernels",
+    "norm_scale",
 ]
 
 
@@ -71,12 +72,22 @@ def fold_norm_into_next(norm: nn.Module, layer: nn.Conv2d | nn.Linear) -> None:
     ):
         raise ValueError(f"a norm folds only into a following dense 1x1 convolution without padding, got {layer}")
     weight, bias = _weight_and_bias(layer)
-    mean, variance, eps, scale, shift = _statistics(norm)
+    mean, _, _, _, shift = _statistics(norm)
     if len(mean) != weight.shape[1]:
         raise ValueError(f"a norm of {len(mean)} channels does not come before {layer}")
-    scale = scale / (variance + eps).sqrt()
+    scale = norm_scale(norm)
     per_input = scale.reshape(1, -1, *[1] * (weight.dim() - 2))
     _set_folded(layer, weight * per_input, bias + weight.flatten(1) @ (shift - mean * scale))
+
+
+def norm_scale(norm: nn.Module) -> torch.Tensor:
+    """Return what a batch norm multiplies each channel by in ``eval()``, float64 ``(C,)``.
+
+    Raises:
+        ValueError: If ``norm`` is no batch norm with running statistics.
+    """
+    _, variance, eps, weight, _ = _statistics(norm)
+    return weight / (variance + eps).sqrt()
 
 
 def fold_scale_into_previous(layer: nn.Conv2d | nn.Linear, scale: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from lk_backbones.layers.fold import (
     fold_scale_into_previous,
     is_foldable,
     merge_kernels,
+    norm_scale,
 )
 from lk_backbones.layers.memory_format import PreferredMemoryFormat
 from lk_backbones.layers.packed import called_in_a_row, pack_inside
@@ -200,8 +201,9 @@ class ReparamDepthwiseConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, channels, H, W)`` to the same shape."""
         out = self.branches[0](x)
-        for branch in self.branches[1:]:
-            out = out + branch(x)
+        for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
+            if index > 0:
+                out = out + branch(x)
         if self.identity is not None:
             out = out + self.identity(x)
         return out
@@ -224,6 +226,23 @@ class ReparamDepthwiseConv2d(nn.Module):
             else:
                 self.identity = None
         self.branches = nn.ModuleList(left)
+
+    def fold_norm(self, norm: nn.Module) -> bool:
+        """Fold the batch norm that follows the sum into the convolutions, in place; call `reparameterize` first.
+
+        Args:
+            norm: The norm, over ``channels`` channels.
+
+        Returns:
+            Whether it is folded: not if it is no batch norm with running statistics, or a branch has such a one.
+        """
+        convs = [cast(ConvNorm, branch).conv for branch in self.branches if isinstance(branch.bn, nn.Identity)]
+        if not is_foldable(norm) or self.identity is not None or len(convs) < len(self.branches):
+            return False
+        fold_norm_into_previous(convs[0], norm)  # the shift goes to one of them, the scale to all
+        for conv in convs[1:]:
+            fold_scale_into_previous(conv, norm_scale(norm))
+        return True
 
 
 def merge_branches(branches: Sequence[ConvNorm], dense: bool = False) -> list[ConvNorm]:
