@@ -21,13 +21,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from lk_backbones._private.timm import feature_take_indices
 from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
-from lk_backbones.layers.reparam import (
-    ConvNorm,
-    InputConvNorm,
-    ReparamLargeKernelConv2d,
-    fold_norm_into_next,
-    is_foldable,
-)
+from lk_backbones.layers.fold import fold_norm_into_next, is_foldable
+from lk_backbones.layers.reparam import ConvNorm, InputConvNorm, ReparamLargeKernelConv2d
 
 __all__ = ["RepLKNet"]
 

@@ -223,7 +223,10 @@ def pack_inside(model: nn.Module) -> None:
         names = _IN_A_ROW.get(type(module))
         if names is None or _is_patched(module):
             continue
-        first, *between, last = (getattr(module, name) for name in names)
+        row = [part for part in (getattr(module, name, None) for name in names) if isinstance(part, nn.Module)]
+        if len(row) < len(names):
+            continue  # someone took a part out
+        first, *between, last = row
         seen = first._forward_hooks or first._backward_hooks or first._backward_pre_hooks  # what comes out of it
         plain = all(type(m) is nn.Identity and not (m._forward_hooks or m._forward_pre_hooks) for m in between)
         # a layer that others call too has no activation there
@@ -244,7 +247,7 @@ def unpack_inside(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """
     for module in model.modules():
         names = _IN_A_ROW.get(type(module))
-        if names is not None and isinstance(getattr(module, names[-1]), nn.Identity):
+        if names is not None and isinstance(getattr(module, names[-1], None), nn.Identity):
             act = unpack(getattr(module, names[0]))
             if not isinstance(act, nn.Identity):
                 setattr(module, names[-1], act)

@@ -20,7 +20,6 @@ from lk_backbones.layers.create import ActLayer, NormLayer, create_norm
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.fold import (
     embed_kernel,
-    fold_norm_into_next,
     fold_norm_into_previous,
     fold_scale_into_previous,
     is_foldable,
@@ -36,10 +35,7 @@ __all__ = [
     "InputConvNorm",
     "ReparamDepthwiseConv2d",
     "ReparamLargeKernelConv2d",
-    "fold_norm_into_next",
-    "fold_norm_into_previous",
-    "fold_scale_into_previous",
-    "is_foldable",
+    "merge_branches",
     "prepack_weights",
     "reparameterize",
 ]

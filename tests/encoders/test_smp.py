@@ -9,6 +9,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from packaging.version import Version
 
 import lk_backbones
 from lk_backbones.encoders._smp import LargeKernelEncoder
@@ -30,6 +31,9 @@ ARCHITECTURES = [
 ]
 
 
+NEED_STRIDE_2 = ("unetplusplus", "linknet") if Version(smp.__version__) < Version("0.6") else ()
+
+
 def test_registered_under_our_name(any_encoder: str) -> None:
     assert any_encoder in smp.encoders.get_encoder_names()
     assert "imagenet" in smp.encoders.encoders[any_encoder]["pretrained_settings"]
@@ -46,6 +50,8 @@ def test_a_name_that_smp_owns_stays_smps(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_decoder_trains(small_encoder: str, architecture: str) -> None:
+    if architecture in NEED_STRIDE_2 and 2 not in feature_strides(small_encoder):
+        pytest.skip("in smp before 0.6 this decoder needs a map of stride 2, which this family does not have")
     torch.manual_seed(0)
     model = smp.create_model(architecture, small_encoder, encoder_weights=None, classes=3)
     logits = model(torch.randn(2, 3, 128, 128))  # PAN pools the deepest map three times

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lk_backbones import prepack_weights, reparameterize
 from lk_backbones.layers import PackedConv2d, ReparamDepthwiseConv2d
-from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d, fold_norm_into_next
+from lk_backbones.layers.fold import fold_norm_into_next
+from lk_backbones.layers.reparam import ConvNorm, ReparamLargeKernelConv2d
 from tests.conftest import assert_golden, randomize_norms
 
 
