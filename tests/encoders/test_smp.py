@@ -40,7 +40,7 @@ def test_registered_under_our_name(any_encoder: str) -> None:
 
 
 def test_a_name_that_smp_owns_stays_smps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lk_backbones.encoders import smp as module
+    from lk_backbones.encoders import _smp as module
 
     before = smp.encoders.encoders["resnet18"]
     monkeypatch.setattr(module, "list_encoders", lambda: ["resnet18"])
