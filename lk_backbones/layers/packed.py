@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import GELU, ConvMlp, GELUTanh, GlobalResponseNormMlp, Mlp
 from torch import Tensor
 
+from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import explain, pack_weight, packed_conv2d, packed_linear, takes_packed_weight
@@ -227,10 +228,9 @@ def pack_inside(model: nn.Module) -> None:
         if len(row) < len(names):
             continue  # someone took a part out
         first, *between, last = row
-        seen = first._forward_hooks or first._backward_hooks or first._backward_pre_hooks  # what comes out of it
-        plain = all(type(m) is nn.Identity and not (m._forward_hooks or m._forward_pre_hooks) for m in between)
+        plain = all(type(m) is nn.Identity and not hooks_see_input(m) for m in between)
         # a layer that others call too has no activation there
-        if plain and not seen and parents[first] == 1 and fuses(last) and pack(first, last):
+        if plain and not hooks_see_output(first) and parents[first] == 1 and fuses(last) and pack(first, last):
             setattr(module, names[-1], nn.Identity())
     for module in list(model.modules()):
         pack(module)
@@ -267,7 +267,7 @@ def pack(layer: nn.Module, act: nn.Module | None = None) -> bool:
         with a weight that something computes anew for every call (pruning, weight normalisation).
     """
     packed = _PACKED.get(type(layer))
-    if packed is None or _is_patched(layer) or layer._parameters.get("weight") is None:
+    if packed is None or _is_patched(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
         return False
     layer.__class__ = packed
     assert isinstance(layer, _Packed)
@@ -306,7 +306,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 def _onednn_activation(act: nn.Module) -> tuple[str, str] | None:
     """oneDNN's name for ``act`` and its variant, or ``None`` where it has none or hooks want to see its input."""
-    if act._forward_hooks or act._forward_pre_hooks:
+    if hooks_see_input(act):
         return None
     if type(act) is nn.GELU:
         return "gelu", act.approximate
