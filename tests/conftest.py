@@ -32,6 +32,16 @@ ALL_ENCODERS = lk_backbones.list_encoders()
 SMALL_ENCODERS = [name for name in ALL_ENCODERS if count_parameters(name) < 10e6]
 
 
+# The levels that a family may have: from half resolution on, or from behind a 4x4 patch stem.
+LEVELS = ([2, 4, 8, 16, 32], [4, 8, 16, 32])
+
+
+def feature_strides(name: str) -> list[int]:
+    """Strides of the maps that a registered encoder says it has."""
+    with torch.device("meta"):
+        return [level["reduction"] for level in timm.create_model(name).feature_info]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "any_encoder" in metafunc.fixturenames:
         metafunc.parametrize("any_encoder", ALL_ENCODERS)

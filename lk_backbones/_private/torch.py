@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lk_backbones._private.borrow import borrow
@@ -16,6 +16,8 @@ __all__ = [
     "convolution_pointwise",
     "functorch_is_active",
     "has_packed_operators",
+    "hooks_see_input",
+    "hooks_see_output",
     "is_view",
     "linear_pointwise",
     "operators_are_watched",
@@ -45,6 +47,16 @@ def uses_forward_gradients(tensors: Sequence[Tensor]) -> bool:
     # without the level, which is -1 outside of such a context, every call would have to be unpacked
     level = getattr(forward_ad, "_current_level", 0)
     return level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def hooks_see_input(module: nn.Module) -> bool:
+    """Return whether a hook of a module is called with what comes in."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def hooks_see_output(module: nn.Module) -> bool:
+    """Return whether a hook of a module is called with what comes out or its gradient."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 import torch.nn as nn
 from timm.models import is_model, register_model, register_notrace_module
 
-from lk_backbones.layers import DepthwiseConv2d, InputConvNorm, PointwiseConv2d
+from lk_backbones.layers import DepthwiseConv2d, PointwiseConv2d, PreferredMemoryFormat
 
 __all__ = ["list_encoders", "register_encoder"]
 
 # timm's graph tracing takes each of these as one node, as it does torch's own convolution.
-for _layer in (DepthwiseConv2d, PointwiseConv2d, InputConvNorm):
+for _layer in (DepthwiseConv2d, PointwiseConv2d, PreferredMemoryFormat):
     register_notrace_module(_layer)
 
 _ENCODERS: list[str] = []

@@ -33,6 +33,9 @@ __all__ = ["LargeKernelEncoder", "register_with_smp"]
 class LargeKernelEncoder(TimmUniversalEncoder, EncoderMixin):
     """A registered encoder in smp's protocol: images ``(N, C, H, W)`` to a list of maps at strides 1, 2, 4, … 32.
 
+    A family whose first map has stride 4 gives one without channels at stride 2, which smp's decoders pass over
+    (Linknet and Unet++ from smp 0.6 on).
+
     Args:
         name: Registered timm name, such as ``"replknet_31b"``.
         depth: Number of maps after the image itself, 3 to 5 for most decoders.

@@ -15,20 +15,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.layers import ClassifierHead, DropPath, create_act_layer
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, create_act_layer
 from timm.models import checkpoint_seq, generate_default_cfgs
 
 from lk_backbones._private.timm import feature_take_indices
 from lk_backbones.encoders._loading import build_pretrained
 from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
-from lk_backbones.layers.reparam import (
-    ConvNorm,
-    InputConvNorm,
-    ReparamLargeKernelConv2d,
-    fold_norm_into_next,
-    is_foldable,
-)
+from lk_backbones.layers.fold import fold_norm_into_next, is_foldable
+from lk_backbones.layers.reparam import ConvNorm, InputConvNorm, ReparamLargeKernelConv2d
 from lk_backbones.weights.catalogue import timm_configurations
 
 __all__ = ["RepLKNet"]
@@ -292,9 +287,11 @@ class RepLKNet(nn.Module):
         )
         self.feature_info = [{"num_chs": width, "reduction": 2, "module": "stem.2"}]
 
-        total_depth = sum(depths)
+        drop_path_rates = cast(
+            list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        )
         stages = []
-        stride, dilation, in_channels, block = 4, 1, width, 0
+        stride, dilation, in_channels = 4, 1, width
         for i, depth in enumerate(depths):
             stage_stride, first_dilation = (2, 1) if i > 0 else (1, 1)
             if i > 0 and stride >= output_stride:
@@ -313,14 +310,13 @@ class RepLKNet(nn.Module):
                     dilation=(first_dilation, dilation),
                     dw_ratio=dw_ratio,
                     ffn_ratio=ffn_ratio,
-                    drop_path_rates=[drop_path_rate * k / max(total_depth - 1, 1) for k in range(block, block + depth)],
+                    drop_path_rates=drop_path_rates[i],
                     act_layer=act_layer,
                     **dd,
                 )
             )
             self.feature_info.append({"num_chs": channels[i], "reduction": stride, "module": f"stages.{i}"})
             in_channels = channels[i]
-            block += depth
         self.stages = nn.Sequential(*stages)
         self.feature_norms = None
         if norm_features:

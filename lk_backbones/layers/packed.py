@@ -1,22 +1,71 @@
-"""Convolution layers that keep a packed copy of their weight, for inference on CPUs."""
+"""Convolutions and linear layers that keep a packed copy of their weight, for inference on CPUs.
+
+What may be packed is decided by exact class: a subclass's ``forward`` may differ. What comes after it in a module is
+told by `called_in_a_row`, so that the activation can be computed along.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import GELU, ConvMlp, GELUTanh, GlobalResponseNormMlp, Mlp
 from torch import Tensor
 
+from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
-from lk_backbones.ops import explain, pack_weight, packed_conv2d, takes_packed_weight
+from lk_backbones.ops import explain, pack_weight, packed_conv2d, packed_linear, takes_packed_weight
 
-__all__ = ["PackedConv2d", "PackedDepthwiseConv2d", "PackedPointwiseConv2d", "fuses", "pack", "unpack"]
+__all__ = [
+    "PackedConv2d",
+    "PackedDepthwiseConv2d",
+    "PackedLinear",
+    "PackedPointwiseConv2d",
+    "called_in_a_row",
+    "fuses",
+    "pack",
+    "pack_inside",
+    "unpack",
+    "unpack_inside",
+]
+
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
-class PackedConv2d(nn.Conv2d):
+class _Packed(nn.Module):
+    """What a packed convolution and a packed linear layer share."""
+
+    __jit_ignored_attributes__ = ("_packed",)
+
+    def _follow_with(self, act: nn.Module | None) -> None:
+        self.act: nn.Module = nn.Identity() if act is None else act
+        # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one
+        # from coming to lie at its address.
+        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+
+    @torch.jit.unused
+    def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
+        """The packed copy, made anew if the weight or what it is packed for has changed."""
+        source = weight.data_ptr(), weight._version, arguments[1:]  # without the shape of the input
+        packed = self._packed
+        if packed is None or packed[0] is not weight or packed[1] != source:
+            self._packed = packed = weight, source, pack_weight(weight, *arguments)
+        return packed[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed = None
+        return super()._apply(*args, **kwargs)
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
     """``nn.Conv2d`` and the activation after it, with a packed copy of the weight.
 
     The copy takes as much memory as the weight, is made at the first call that can use it (float32, channels_last, no
@@ -30,17 +79,9 @@ class PackedConv2d(nn.Conv2d):
         **kwargs: As ``nn.Conv2d``.
     """
 
-    __jit_ignored_attributes__ = ("_packed",)
-
     def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._follow_with(act)
-
-    def _follow_with(self, act: nn.Module | None) -> None:
-        self.act: nn.Module = nn.Identity() if act is None else act
-        # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one
-        # from coming to lie at its address.
-        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` or ``(C, H, W)`` to what ``nn.Conv2d`` and the activation would."""
@@ -54,15 +95,12 @@ class PackedConv2d(nn.Conv2d):
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(self._unpacked(input))
         activation, weight, padding = _onednn_activation(self.act), self.weight, self.padding
-        simple = input.dim() == 4 and self.padding_mode == "zeros" and takes_packed_weight(input, weight)
+        simple = self.padding_mode == "zeros" and takes_packed_weight(input, weight)
         if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
             return self.act(self._unpacked(input))
         geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
-        source = weight.data_ptr(), weight._version, geometry
-        packed = self._packed
-        if packed is None or packed[0] is not weight or packed[1] != source:
-            self._packed = packed = weight, source, pack_weight(weight, input.shape, *geometry)
-        return packed_conv2d(input, packed[2], self.bias, *geometry, activation)
+        packed = self._packed_weight(weight, input.shape, *geometry)
+        return packed_conv2d(input, packed, self.bias, *geometry, activation)
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
@@ -74,12 +112,35 @@ class PackedConv2d(nn.Conv2d):
         """Whether oneDNN is the best way to compute it."""
         return True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
 
-    def _apply(self, *args: Any, **kwargs: Any) -> PackedConv2d:
-        self._packed = None
-        return super()._apply(*args, **kwargs)
+class PackedLinear(_Packed, nn.Linear):
+    """``nn.Linear`` and the activation after it, with a packed copy of the weight, as `PackedConv2d`.
+
+    Args:
+        *args: As ``nn.Linear``.
+        act: The activation, or ``None`` for none.
+        **kwargs: As ``nn.Linear``.
+    """
+
+    def __init__(self, *args: Any, act: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._follow_with(act)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(*, in_features)`` to what ``nn.Linear`` and the activation would, ``(*, out_features)``."""
+        if torch.jit.is_scripting():
+            return self.act(F.linear(input, self.weight, self.bias))
+        else:
+            return self._packed_forward(input)
+
+    @torch.jit.unused
+    def _packed_forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
+            return self.act(F.linear(input, self.weight, self.bias))
+        activation, weight = _onednn_activation(self.act), self.weight
+        if activation is None or not takes_packed_weight(input, weight):
+            return self.act(F.linear(input, weight, self.bias))
+        return packed_linear(input, self._packed_weight(weight), self.bias, activation)
 
 
 class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
@@ -104,61 +165,149 @@ class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
         return explain(input, self.weight, (self.dilation[0], self.dilation[1])).forward == "native"
 
 
-_PACKED: dict[type[nn.Module], type[PackedConv2d]] = {
+_PACKED: dict[type[nn.Module], type[_Packed]] = {
+    nn.Linear: PackedLinear,
     nn.Conv2d: PackedConv2d,
     PointwiseConv2d: PackedPointwiseConv2d,
     DepthwiseConv2d: PackedDepthwiseConv2d,
 }
 _UNPACKED: dict[type[nn.Module], type[nn.Module]] = {packed: plain for plain, packed in _PACKED.items()}
 
+_ONEDNN_ACTIVATIONS: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Identity: ("none", ""),
+    nn.ReLU: ("relu", ""),
+    GELU: ("gelu", "none"),  # timm's, of the name "gelu"
+    GELUTanh: ("gelu", "tanh"),
+}
 
-def pack(conv: nn.Module, act: nn.Module | None = None) -> bool:
-    """Turn ``conv`` itself, hooks and all, into a packed layer followed by ``act``.
+# Class to names of children, a layer first and an activation last.
+_IN_A_ROW: dict[type[nn.Module], tuple[str, ...]] = {}
+
+
+def called_in_a_row(*names: str) -> Callable[[ModuleClass], ModuleClass]:
+    """Declare that a module's ``forward`` calls these children one right after the other, for class decoration.
+
+    Where all between the first and the last are identities (a norm that was folded), `pack_inside` lets the first
+    compute the last along. Subclasses are not meant: their ``forward`` may differ.
 
     Args:
-        conv: A convolution.
+        *names: Of a convolution or linear layer, of what may come between, and of an activation.
+
+    Returns:
+        The decorator; it returns the class unchanged.
+    """
+
+    def declare(module_class: ModuleClass) -> ModuleClass:
+        _IN_A_ROW[module_class] = names
+        return module_class
+
+    return declare
+
+
+# timm's blocks of two layers
+called_in_a_row("fc1", "act")(Mlp)
+called_in_a_row("fc1", "act")(GlobalResponseNormMlp)
+called_in_a_row("fc1", "norm", "act")(ConvMlp)
+
+
+def pack_inside(model: nn.Module) -> None:
+    """`pack` every layer inside ``model`` along with the activations that `called_in_a_row` tells of, in place.
+
+    Args:
+        model: Any module, in ``eval()`` mode.
+    """
+    parents: dict[nn.Module, int] = {}
+    for module in model.modules():
+        for child in set(module.children()):
+            parents[child] = parents.get(child, 0) + 1
+    for module in model.modules():
+        names = _IN_A_ROW.get(type(module))
+        if names is None or _is_patched(module):
+            continue
+        row = [part for part in (getattr(module, name, None) for name in names) if isinstance(part, nn.Module)]
+        if len(row) < len(names):
+            continue  # someone took a part out
+        first, *between, last = row
+        plain = all(type(m) is nn.Identity and not hooks_see_input(m) for m in between)
+        # a layer that others call too has no activation there
+        if plain and not hooks_see_output(first) and parents[first] == 1 and fuses(last) and pack(first, last):
+            setattr(module, names[-1], nn.Identity())
+    for module in list(model.modules()):
+        pack(module)
+
+
+def unpack_inside(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Undo `pack_inside`, in place.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Activations without a place of their own, by the layer that they follow.
+    """
+    for module in model.modules():
+        names = _IN_A_ROW.get(type(module))
+        if names is not None and isinstance(getattr(module, names[-1], None), nn.Identity):
+            act = unpack(getattr(module, names[0]))
+            if not isinstance(act, nn.Identity):
+                setattr(module, names[-1], act)
+    followed = {module: unpack(module) for module in list(model.modules())}
+    return {module: act for module, act in followed.items() if not isinstance(act, nn.Identity)}
+
+
+def pack(layer: nn.Module, act: nn.Module | None = None) -> bool:
+    """Turn ``layer`` itself, hooks and all, into a packed layer followed by ``act``.
+
+    Args:
+        layer: A convolution or linear layer.
         act: An activation that `fuses` takes, or ``None`` for none.
 
     Returns:
-        Whether there is a packed layer for it; subclasses, whose forward may differ, are left alone.
+        Whether there is a packed layer for it. Left alone are subclasses, and layers with a ``forward`` of their own or
+        with a weight that something computes anew for every call (pruning, weight normalisation).
     """
-    packed = _PACKED.get(type(conv))
-    if packed is None:
+    packed = _PACKED.get(type(layer))
+    if packed is None or _is_patched(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
         return False
-    conv.__class__ = packed
-    assert isinstance(conv, PackedConv2d)
-    conv._follow_with(act)
+    layer.__class__ = packed
+    assert isinstance(layer, _Packed)
+    layer._follow_with(act)
     return True
 
 
-def unpack(conv: nn.Module) -> nn.Module:
-    """Undo `pack`: turn ``conv`` itself, hooks and all, into the layer that it was before.
+def unpack(layer: nn.Module) -> nn.Module:
+    """Undo `pack`: turn ``layer`` itself, hooks and all, into the layer that it was before.
 
     Args:
-        conv: A convolution; one that is not packed stays as it is.
+        layer: A convolution or linear layer; one that is not packed stays as it is.
 
     Returns:
         The activation that followed it, an identity if there was none.
     """
-    plain = _UNPACKED.get(type(conv))
+    plain = _UNPACKED.get(type(layer))
     if plain is None:
         return nn.Identity()
-    act = conv.act
+    act = layer.act
     assert isinstance(act, nn.Module)
-    del conv.act, conv._packed
-    conv.__class__ = plain
+    del layer.act, layer._packed
+    layer.__class__ = plain
     return act
 
 
 def fuses(act: nn.Module) -> bool:
-    """Whether oneDNN computes ``act`` along with the convolution."""
+    """Whether oneDNN computes ``act`` along with the layer before it."""
     return _onednn_activation(act) is not None
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether the module itself, not its class, has a ``forward``."""
+    return "forward" in module.__dict__
 
 
 def _onednn_activation(act: nn.Module) -> tuple[str, str] | None:
     """oneDNN's name for ``act`` and its variant, or ``None`` where it has none or hooks want to see its input."""
-    if act._forward_hooks or act._forward_pre_hooks:
+    if hooks_see_input(act):
         return None
     if type(act) is nn.GELU:
         return "gelu", act.approximate
-    return {nn.Identity: ("none", ""), nn.ReLU: ("relu", "")}.get(type(act))
+    return _ONEDNN_ACTIVATIONS.get(type(act))

@@ -1,124 +1,54 @@
 """Structural re-parameterisation: train with parallel branches and norms, deploy one convolution.
 
 Every foldable module here has ``reparameterize()``, the hook that ``timm.utils.reparameterize_model`` calls, so timm's
-function and `reparameterize` below do the same. A fold computes in float64, on the CPU whatever the device, and
-never changes the function that the module computes in ``eval()`` mode.
+function and `reparameterize` below do the same. It is made of the folds in `lk_backbones.layers.fold`, and never
+changes the function that the module computes in ``eval()`` mode.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import create_act_layer
 from timm.utils.model import reparameterize_model
-from torchvision.ops import FrozenBatchNorm2d
 
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm
 from lk_backbones.layers.depthwise import DepthwiseConv2d
-from lk_backbones.layers.packed import fuses, pack, unpack
+from lk_backbones.layers.fold import (
+    embed_kernel,
+    fold_norm_into_previous,
+    fold_scale_into_previous,
+    is_foldable,
+    merge_kernels,
+    norm_scale,
+)
+from lk_backbones.layers.memory_format import PreferredMemoryFormat
+from lk_backbones.layers.packed import called_in_a_row, pack_inside
 from lk_backbones.layers.pointwise import PointwiseConv2d
-from lk_backbones.ops import to_preferred_memory_format
 
 __all__ = [
     "ConvNorm",
     "InputConvNorm",
+    "ReparamDepthwiseConv2d",
     "ReparamLargeKernelConv2d",
-    "fold_norm_into_next",
-    "fold_norm_into_previous",
-    "is_foldable",
+    "merge_branches",
     "prepack_weights",
     "reparameterize",
 ]
 
-# torch.fx records it as one call.
-torch.fx.wrap("to_preferred_memory_format")
-
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+Size = int | tuple[int, int]
 
 
-def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in float64, on the CPU: some accelerators (Apple's) have no float64."""
-    tensor = tensor.detach()
-    return (tensor if tensor.is_meta else tensor.cpu()).double()
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def is_foldable(norm: nn.Module) -> bool:
-    """Whether ``norm`` is, in ``eval()``, a scale and a shift per channel: a batch norm, be it synchronised or frozen.
-
-    A subclass may compute something more, such as an activation; then it has a ``forward`` of its own.
-    """
-    known = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-    return type(norm).forward in [cls.forward for cls in known] and isinstance(norm.running_mean, torch.Tensor)
-
-
-def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, float64 ``(C,)``, of a batch norm (of any class: plain, synchronised, frozen) in ``eval()``.
-
-    Raises:
-        ValueError: If it is no batch norm, or has no running statistics.
-    """
-    if not is_foldable(norm):
-        raise ValueError(f"only a batch norm with running statistics can be folded, got {norm}")
-    mean, variance = _exact(cast(torch.Tensor, norm.running_mean)), _exact(cast(torch.Tensor, norm.running_var))
-    weight = torch.ones_like(mean) if norm.weight is None else _exact(cast(torch.Tensor, norm.weight))
-    bias = torch.zeros_like(mean) if norm.bias is None else _exact(cast(torch.Tensor, norm.bias))
-    scale = weight / (variance + cast(float, norm.eps)).sqrt()
-    return scale, bias - mean * scale
-
-
-def _set_folded(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Replace the parameters of ``conv`` by folded ones, keeping its dtype, device and memory format."""
-    like = conv.weight
-    requires_grad = like.requires_grad
-    # The dtype first: the device may not have the one that they were computed in.
-    conv.weight = nn.Parameter(weight.to(like.dtype).to(like.device), requires_grad=requires_grad)
-    conv.bias = nn.Parameter(bias.to(like.dtype).to(like.device), requires_grad=requires_grad)
-
-
-def _weight_and_bias(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = _exact(conv.weight)
-    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else _exact(conv.bias)
-    return weight, bias
-
-
-def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Fold the batch norm that follows ``conv`` into it, in place.
-
-    Args:
-        conv: Convolution with weight ``(O, I, kH, kW)``.
-        norm: Batch norm over its ``O`` output channels, read in ``eval()`` sense (running statistics).
-
-    Raises:
-        ValueError: If ``norm`` is no batch norm with running statistics.
-    """
-    weight, bias = _weight_and_bias(conv)
-    scale, shift = _affine(norm)
-    _set_folded(conv, weight * scale[:, None, None, None], bias * scale + shift)
-
-
-def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> None:
-    """Fold the batch norm in front of a 1×1 convolution into that convolution, in place.
-
-    Args:
-        norm: Batch norm over the ``I`` input channels of ``conv``.
-        conv: Dense convolution with weight ``(O, I, 1, 1)`` and no padding. With padding the fold would be wrong at the
-            border, where the convolution sees zeros rather than normalised zeros.
-
-    Raises:
-        ValueError: If ``conv`` is padded, grouped or larger than 1×1, or ``norm`` is no batch norm with running
-            statistics.
-    """
-    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding not in ((0, 0), 0):
-        raise ValueError(f"a norm folds only into a following dense 1x1 convolution without padding, got {conv}")
-    weight, bias = _weight_and_bias(conv)
-    scale, shift = _affine(norm)
-    _set_folded(conv, weight * scale[None, :, None, None], bias + weight[:, :, 0, 0] @ shift)
-
-
+@called_in_a_row("conv", "bn", "act")
 class ConvNorm(nn.Module):
     """Convolution, norm and, optionally, an activation; with a batch norm it folds into one convolution.
 
@@ -128,12 +58,15 @@ class ConvNorm(nn.Module):
     Args:
         in_channels: Channels of the input ``(N, in_channels, H, W)``.
         out_channels: Channels of the output ``(N, out_channels, H', W')``.
-        kernel_size: Odd kernel size; the padding keeps the map's size at stride 1.
+        kernel_size: Odd kernel size, for both axes or for ``(rows, columns)``; the padding keeps the map's size at
+            stride 1.
         stride: Stride; sizes round up.
-        dilation: Distance between the kernel's taps, in pixels.
+        dilation: Distance between the kernel's taps in pixels, for both axes or for ``(rows, columns)``.
         groups: ``1``, or ``in_channels == out_channels`` for a depthwise convolution.
         act_layer: Class or timm name of the activation that follows, or ``None`` for none.
-        norm_layer: Class of the norm, called with the number of channels. One that is no batch norm is not folded.
+        norm_layer: Class of the norm, called with the number of channels, or ``None`` for none. One that is no batch
+            norm is not folded.
+        bias: Whether the convolution has a bias.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -142,34 +75,38 @@ class ConvNorm(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: Size,
         stride: int = 1,
-        dilation: int = 1,
+        dilation: Size = 1,
         groups: int = 1,
         act_layer: ActLayer | None = None,
-        norm_layer: NormLayer = nn.BatchNorm2d,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
+        size, dilation = _pair(kernel_size), _pair(dilation)
         conv_type: type[nn.Conv2d] = nn.Conv2d
         if groups == in_channels == out_channels and groups > 1:
             conv_type = DepthwiseConv2d
-        elif kernel_size == groups == stride == 1:
+        elif size == (1, 1) and groups == stride == 1:
             conv_type = PointwiseConv2d
         self.conv = conv_type(
             in_channels,
             out_channels,
-            kernel_size,
+            size,
             stride=stride,
-            padding=dilation * (kernel_size // 2),
+            padding=(dilation[0] * (size[0] // 2), dilation[1] * (size[1] // 2)),
             dilation=dilation,
             groups=groups,
-            bias=False,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
-        self.bn: nn.Module = create_norm(norm_layer, out_channels, device, dtype)
+        self.bn: nn.Module = nn.Identity()
+        if norm_layer is not None:
+            self.bn = create_norm(norm_layer, out_channels, device, dtype)
         self.act = nn.Identity() if act_layer is None else create_act_layer(act_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,35 +119,195 @@ class ConvNorm(nn.Module):
             fold_norm_into_previous(self.conv, self.bn)
             self.bn = nn.Identity()
 
-    def prepack(self) -> None:
-        """Let the convolution keep a packed weight and compute the activation, in place; folds the norm first."""
-        self.reparameterize()
-        fused = isinstance(self.bn, nn.Identity) and fuses(self.act)  # else the norm comes between them
-        if pack(self.conv, self.act if fused else None) and fused:
-            self.act = nn.Identity()
 
-    def unpack(self) -> None:
-        """Undo the packing, not the folding, of `prepack`, in place."""
-        act = unpack(self.conv)
-        if not isinstance(act, nn.Identity):
-            self.act = act
-
-
+@called_in_a_row("conv", "bn", "act")
 class InputConvNorm(ConvNorm):
     """The `ConvNorm` that an encoder starts with: it decides the memory format of the whole network.
 
-    PyTorch's operators keep a map's memory format, so no layer after this one copies back and forth.
+    Args:
+        *args: As `ConvNorm`.
+        **kwargs: As `ConvNorm`.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory_format = PreferredMemoryFormat()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(N, in_channels, H, W)`` as `ConvNorm` does, to channels_last on CPUs."""
-        if not torch.jit.is_scripting():
-            x = self._lay_out(x)
-        return self.act(self.bn(self.conv(x)))
+        return self.act(self.bn(self.conv(self.memory_format(x))))
 
-    @torch.jit.unused
-    def _lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        return to_preferred_memory_format(x)
+
+class ReparamDepthwiseConv2d(nn.Module):
+    """Sum of parallel depthwise convolutions of one map, each with its own norm, that folds into as few as possible.
+
+    The branches only ease training. `reparameterize` folds their norms and adds every kernel to one that it fits
+    inside, a dilated kernel with zeros between its taps; what fits inside no other stays a convolution of its own. So
+    parallel dilated kernels (UniRepLKNet, arXiv 2311.15599) leave the large one, and of the strips 51×5 and 5×51 with a
+    5×5 kernel (SLaK, arXiv 2207.03620) the two strips are left.
+
+    Args:
+        channels: Channels of input and output, ``(N, channels, H, W)``.
+        branches: Kernel and dilation of every branch, such as ``[(13, 1), (5, 1), (3, 3)]``. A kernel is an odd size or
+            ``(rows, columns)``; it may exceed the map.
+        dilation: Distance between the taps of a kernel of dilation 1, in pixels: that of all branches is a multiple.
+        bias: Whether the convolutions have biases.
+        norm_layer: Class of the norm after every convolution, called with the number of channels, or ``None`` for none.
+            Only branches with batch norms are folded.
+        identity: Whether the input itself is added too, through a norm of its own if there are norms.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If there is no branch, a kernel size is even or not positive, or a dilated kernel reaches beyond
+            every kernel of dilation 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        branches: Sequence[tuple[Size, int]],
+        dilation: int = 1,
+        bias: bool = False,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+        identity: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_branches(branches)
+        self.branches = nn.ModuleList(
+            ConvNorm(
+                channels,
+                channels,
+                kernel_size,
+                dilation=spread * dilation,
+                groups=channels,
+                norm_layer=norm_layer,
+                device=device,
+                dtype=dtype,
+                bias=bias,
+            )
+            for kernel_size, spread in branches
+        )
+        self.identity: nn.Module | None = None
+        if identity:
+            self.identity = nn.Identity() if norm_layer is None else create_norm(norm_layer, channels, device, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(N, channels, H, W)`` to the same shape."""
+        out = self.branches[0](x)
+        for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
+            if index > 0:
+                out = out + branch(x)
+        if self.identity is not None:
+            out = out + self.identity(x)
+        return out
+
+    def reparameterize(self, dense: bool = False) -> None:
+        """Fold the norms and merge what fits together, in place; a second call changes nothing.
+
+        Args:
+            dense: Whether to merge strips too, into one kernel as large as all of them together. It computes the same
+                and has more taps.
+        """
+        branches = [cast(ConvNorm, branch) for branch in self.branches]
+        if self.identity is None:
+            left = merge_branches(branches, dense)
+        else:
+            identity = _as_branch(self.identity, branches[0].conv)
+            left = merge_branches([*branches, identity], dense)
+            if identity in left:
+                left.remove(identity)
+            else:
+                self.identity = None
+        self.branches = nn.ModuleList(left)
+
+    def fold_norm(self, norm: nn.Module) -> bool:
+        """Fold the batch norm that follows the sum into the convolutions, in place; call `reparameterize` first.
+
+        Args:
+            norm: The norm, over ``channels`` channels.
+
+        Returns:
+            Whether it is folded: not if it is no batch norm with running statistics, or a branch has such a one.
+        """
+        convs = [cast(ConvNorm, branch).conv for branch in self.branches if isinstance(branch.bn, nn.Identity)]
+        if not is_foldable(norm) or self.identity is not None or len(convs) < len(self.branches):
+            return False
+        fold_norm_into_previous(convs[0], norm)  # the shift goes to one of them, the scale to all
+        for conv in convs[1:]:
+            fold_scale_into_previous(conv, norm_scale(norm))
+        return True
+
+
+def merge_branches(branches: Sequence[ConvNorm], dense: bool = False) -> list[ConvNorm]:
+    """Fold parallel depthwise branches of one sum, in place, and merge those that fit inside another one.
+
+    Args:
+        branches: Their modules, without strides.
+        dense: Whether to enlarge the first so that all others fit.
+
+    Returns:
+        Those that are left, in their order: the ones that fit inside no other, and the ones that keep a norm because it
+        is no batch norm with running statistics.
+    """
+    for branch in branches:
+        branch.reparameterize()
+    plain = [b for b in branches if isinstance(b.bn, nn.Identity) and isinstance(b.act, nn.Identity)]
+    if dense and plain:
+        plain[0].conv = _enlarge([branch.conv for branch in plain])
+    left = merge_kernels(branch.conv for branch in plain)
+    return [branch for branch in branches if branch not in plain or branch.conv in left]
+
+
+def _enlarge(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Write the first of some depthwise convolutions as one whose kernel the others fit inside."""
+    first = convs[0]
+    axes = [[(conv.kernel_size[axis], conv.dilation[axis]) for conv in convs] for axis in (0, 1)]
+    steps = [math.gcd(*(dilation for size, dilation in axis if size > 1)) or 1 for axis in axes]
+    sizes = [max((k - 1) * d // step + 1 for k, d in axis) for axis, step in zip(axes, steps, strict=True)]
+    weight = embed_kernel(first.weight, _pair(first.dilation), (sizes[0], sizes[1]), (steps[0], steps[1]))
+    assert weight is not None
+    large = DepthwiseConv2d(
+        first.in_channels,
+        first.out_channels,
+        (sizes[0], sizes[1]),
+        padding=tuple(step * (size // 2) for step, size in zip(steps, sizes, strict=True)),
+        dilation=(steps[0], steps[1]),
+        groups=first.groups,
+        bias=first.bias is not None,
+        device="meta",
+    )
+    large.weight, large.bias = nn.Parameter(weight.detach(), first.weight.requires_grad), first.bias
+    return large.train(first.training)
+
+
+def _as_branch(norm: nn.Module, like: nn.Conv2d) -> ConvNorm:
+    """Write an identity, or the norm of one, as a depthwise convolution and a norm."""
+    branch = ConvNorm(like.in_channels, like.in_channels, 1, groups=like.groups, norm_layer=None, dtype=torch.float64)
+    nn.init.ones_(branch.conv.weight)
+    branch.bn = norm
+    return branch.to("meta") if like.weight.is_meta else branch
+
+
+def _check_branches(branches: Sequence[tuple[Size, int]]) -> None:
+    if not branches:
+        raise ValueError("branches must name one kernel and its dilation at least, got none")
+    kernels = [(_pair(kernel_size), spread) for kernel_size, spread in branches]
+    for size, spread in kernels:
+        if any(k < 1 or k % 2 == 0 for k in size) or spread < 1:
+            raise ValueError(
+                f"branches must have positive odd kernel sizes and dilations, got {size}, dilation {spread}"
+            )
+    for size, spread in kernels:
+        others = [other for other, theirs in kernels if theirs == 1]
+        reach = tuple((k - 1) * spread + 1 for k in size)
+        if spread > 1 and not any(reach[0] <= other[0] and reach[1] <= other[1] for other in others):
+            raise ValueError(
+                f"a branch with kernel {size} and dilation {spread} reaches over {reach} pixels, which no kernel of "
+                f"dilation 1 ({others}) covers, so that it could not be merged"
+            )
 
 
 class ReparamLargeKernelConv2d(nn.Module):
@@ -272,17 +369,9 @@ class ReparamLargeKernelConv2d(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold both norms and add the small kernel to the centre of the large one, in place."""
-        self.large.reparameterize()
-        if self.small is None:
-            return
-        self.small.reparameterize()
-        if not (isinstance(self.large.bn, nn.Identity) and isinstance(self.small.bn, nn.Identity)):
-            return  # a norm that depends on the map stands between the two kernels
-        margin = (self.large.conv.kernel_size[0] - self.small.conv.kernel_size[0]) // 2
-        large_weight, large_bias = _weight_and_bias(self.large.conv)
-        small_weight, small_bias = _weight_and_bias(self.small.conv)
-        _set_folded(self.large.conv, large_weight + F.pad(small_weight, [margin] * 4), large_bias + small_bias)
-        self.small = None
+        branches = [self.large] if self.small is None else [self.large, self.small]
+        if self.small not in merge_branches(branches):
+            self.small = None
 
 
 def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
@@ -308,10 +397,14 @@ def reparameterize(model: ModuleType, inplace: bool = False) -> ModuleType:
 def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
     """Fold a model and keep its weights in the blocks that oneDNN computes with, for inference on CPUs.
 
-    Otherwise weights are arranged anew on every call. The arranged copies lie beside the weights (twice the memory),
-    and activations are computed along with the convolutions before them. It works for float32 under
-    ``torch.inference_mode()`` or ``torch.no_grad()``; in every other situation, other devices included, the model
-    computes what the folded one does. State dict and outputs stay the folded model's, up to float rounding.
+    Every ``nn.Conv2d`` and ``nn.Linear`` takes part, our own layers and those of a decoder around them, but for
+    subclasses, whose forward may differ. Otherwise weights are arranged anew on every call. The arranged copies lie
+    beside the weights (twice the memory), and activations are computed along with the layers before them where a module
+    tells of them (`lk_backbones.layers.called_in_a_row`). It works for float32 under ``torch.inference_mode()`` or
+    ``torch.no_grad()``; in every other situation, other devices included, the model computes what the folded one does.
+    State dict and outputs stay the folded model's, up to float rounding.
+
+    `lk_backbones.layers.restore_conv2d` undoes the packing.
 
     Args:
         model: Anything that contains our encoders, folded or not.
@@ -321,7 +414,5 @@ def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
         The model, folded, in ``eval()`` mode.
     """
     model = reparameterize(model, inplace=inplace)
-    for module in model.modules():
-        if isinstance(module, ConvNorm):
-            module.prepack()
+    pack_inside(model)
     return model

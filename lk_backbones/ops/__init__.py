@@ -2,7 +2,7 @@
 
 from lk_backbones.ops.depthwise import depthwise_conv2d, explain
 from lk_backbones.ops.memory_format import to_preferred_memory_format
-from lk_backbones.ops.packed import pack_weight, packed_conv2d, takes_packed_weight
+from lk_backbones.ops.packed import pack_weight, packed_conv2d, packed_linear, takes_packed_weight
 from lk_backbones.ops.pointwise import pointwise_conv2d
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "explain",
     "pack_weight",
     "packed_conv2d",
+    "packed_linear",
     "pointwise_conv2d",
     "takes_packed_weight",
     "to_preferred_memory_format",

@@ -1,4 +1,4 @@
-"""Convolutions with weights that are packed ahead, for inference on CPUs.
+"""Convolutions and linear layers with weights that are packed ahead, for inference on CPUs.
 
 oneDNN multiplies with a weight in blocks of its own, which PyTorch otherwise arranges anew on every call. The operators
 are those that PyTorch's compiler emits for frozen weights; where this PyTorch lacks them, nothing can be packed.
@@ -22,19 +22,19 @@ from lk_backbones._private.torch import (
 from lk_backbones.ops._plan import wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
-__all__ = ["pack_weight", "packed_conv2d", "takes_packed_weight"]
+__all__ = ["pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
 
 
 def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
-    """Whether `packed_conv2d` can stand in for a convolution.
+    """Whether `packed_conv2d` can stand in for a convolution, or `packed_linear` for a linear layer.
 
-    It has no derivative and is made for float32 in channels_last on CPUs with oneDNN; exporters, tracers and compilers
-    cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a packed copy
-    could go out of date.
+    They have no derivative and are made for float32 (maps in channels_last) on CPUs with oneDNN; exporters, tracers and
+    compilers cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a
+    packed copy could go out of date.
 
     Args:
-        input: ``(N, C, H, W)``.
-        weight: ``(O, C / groups, kH, kW)``, not packed.
+        input: ``(N, C, H, W)``, or ``(*, C)`` for a linear layer.
+        weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; not packed.
     """
     return (
         input.dtype == weight.dtype == torch.float32
@@ -44,7 +44,7 @@ def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not operators_are_watched()  # who looks at operators knows others
         and not wants_plain_convolution(input, weight)
-        and is_channels_last(input)
+        and (input.dim() >= 2 if weight.dim() == 2 else input.dim() == 4 and is_channels_last(input))
         and not weight.is_inference()
         and bool(torch.backends.mkldnn.enabled)
         and has_packed_operators()
@@ -53,7 +53,7 @@ def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
 
 def pack_weight(
     weight: Tensor,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] = (),
     padding: Sequence[int] = (0, 0),
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
@@ -62,18 +62,18 @@ def pack_weight(
     """Copy a weight into the blocks that oneDNN computes with.
 
     Args:
-        weight: ``(O, C / groups, kH, kW)``, float32, on the CPU.
-        input_shape: ``(N, C, H, W)`` of a typical input; others work too.
+        weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; float32, on the CPU.
+        input_shape: ``(N, C, H, W)`` of a typical input of a convolution; others work too.
         padding: Of the convolution.
         stride: Of the convolution.
         dilation: Of the convolution.
         groups: Of the convolution.
 
     Returns:
-        An opaque tensor for `packed_conv2d`: it cannot be copied, saved or moved.
+        An opaque tensor for `packed_conv2d` or `packed_linear`: it cannot be copied, saved or moved.
     """
     weight = weight.detach()
-    if _is_product(weight.shape[2:], padding, stride, groups):
+    if weight.dim() == 2 or _is_product(weight.shape[2:], padding, stride, groups):
         return reorder_linear_weight(weight.flatten(1).contiguous())
     return reorder_convolution_weight(
         weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
@@ -107,10 +107,27 @@ def packed_conv2d(
         ``(N, O, H', W')``, channels_last. No gradient flows through it.
     """
     if packed.dim() == 2:
-        return linear_pointwise(input.permute(0, 2, 3, 1), packed, bias, activation).permute(0, 3, 1, 2)
+        return packed_linear(input.permute(0, 2, 3, 1), packed, bias, activation).permute(0, 3, 1, 2)
     return convolution_pointwise(
         input, packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
     )
+
+
+def packed_linear(
+    input: Tensor, packed: Tensor, bias: Tensor | None = None, activation: tuple[str, str] = ("none", "")
+) -> Tensor:
+    """Linear layer with a packed weight, then an activation while the result is in the cache.
+
+    Args:
+        input: ``(*, C)`` of two dimensions or more, float32.
+        packed: From `pack_weight`.
+        bias: ``(O,)`` or ``None``.
+        activation: As `packed_conv2d`.
+
+    Returns:
+        ``(*, O)``. No gradient flows through it.
+    """
+    return linear_pointwise(input, packed, bias, activation)
 
 
 def _is_product(kernel_size: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int) -> bool:

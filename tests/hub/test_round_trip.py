@@ -49,7 +49,8 @@ with torch.no_grad():
         out[f"{name} timm"] = timm.create_model(repo, pretrained=True).eval()(x)
         features = timm.create_model(repo, pretrained=True, features_only=True).eval()(x)
         out |= {f"{name} timm features {i}": f for i, f in enumerate(features)}
-        out |= {f"{name} smp {i}": f for i, f in enumerate(smp.encoders.get_encoder(name, weights=repo).eval()(x)[1:])}
+        maps = smp.encoders.get_encoder(name, weights=repo).eval()(x)[1:]
+        out |= {f"{name} smp {i}": f for i, f in enumerate(m for m in maps if m.shape[1] > 0)}
         assert smp.encoders.get_preprocessing_params(name, repo)["mean"] == [0.25, 0.5, 0.75]
         out[f"{name} ours"] = hub.load_model(repo)(x)
         other = timm.create_model(name, num_classes=5)

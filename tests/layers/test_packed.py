@@ -4,11 +4,24 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
+from timm.layers import GlobalResponseNormMlp, Mlp
+from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lk_backbones.layers import DepthwiseConv2d, PackedConv2d, PointwiseConv2d
-from lk_backbones.layers.packed import fuses, pack
+from lk_backbones import prepack_weights
+from lk_backbones.layers import (
+    ConvNorm,
+    DepthwiseConv2d,
+    PackedConv2d,
+    PackedLinear,
+    PointwiseConv2d,
+    called_in_a_row,
+    restore_conv2d,
+)
+from lk_backbones.layers.packed import fuses, pack, unpack
+from tests.conftest import assert_golden, randomize_norms
 
 MAPS = torch.randn(2, 8, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
 
@@ -25,6 +38,15 @@ LAYERS = {
     ),
     "reflecting": (nn.Conv2d, {"out_channels": 6, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
 }
+ACTS = [
+    nn.Identity(),
+    nn.ReLU(inplace=True),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    timm.layers.GELU(),
+    timm.layers.GELUTanh(),
+    nn.SiLU(),
+]
 PACKED_OPERATORS = {"mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise"}
 
 
@@ -48,7 +70,7 @@ def operators(layer: nn.Module, maps: torch.Tensor) -> set[str]:
     return {event.key for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("act", [nn.Identity(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_packed_layer_is_its_parts(kind, act):
     layer, plain = packed_layer(act, kind)
@@ -175,7 +197,7 @@ def test_subclasses_are_left_alone():
     layer = Scaled(8, 6, 1)
     assert not pack(layer)
     assert type(layer) is Scaled
-    assert not pack(nn.Linear(8, 6))
+    assert not pack(nn.ConvTranspose2d(8, 6, 1))
 
 
 def test_what_runs_through_transforms_is_not_packed():
@@ -186,3 +208,231 @@ def test_what_runs_through_transforms_is_not_packed():
         assert pack(layer)
         assert not operators(layer, maps) & PACKED_OPERATORS
         torch.testing.assert_close(layer(maps), expected)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_layer_is_its_parts(act: nn.Module, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6, bias=bias)
+    plain = nn.Sequential(copy.deepcopy(layer), act)
+    assert pack(layer, act)
+    assert type(layer) is PackedLinear
+    tokens = torch.randn(3, 5, 7, 8)
+    packs = fuses(act) and torch.backends.mkldnn.is_available()
+    assert bool(operators(layer, tokens) & PACKED_OPERATORS) == packs
+    # ... a vector, none, strided ones, none of a batch
+    for input in (tokens, tokens[0, 0], tokens[0, 0, 0], tokens.transpose(0, 2), tokens[..., ::1][:, ::2], tokens[:0]):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(input), plain(input), rtol=1e-5, atol=1e-6)
+    tokens, twin = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    layer(tokens).sum().backward()
+    plain(twin).sum().backward()
+    torch.testing.assert_close(tokens.grad, twin.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(tokens).dtype == torch.bfloat16
+
+
+def test_packed_linear_layer_follows_its_weight_and_is_copied_without_the_packed_one() -> None:
+    torch.manual_seed(0)
+    layer = PackedLinear(8, 6, act=nn.GELU())
+    plain = nn.Sequential(nn.Linear(8, 6), nn.GELU())
+    plain[0].load_state_dict(layer.state_dict())
+    tokens = torch.randn(3, 8)
+    with torch.no_grad():
+        layer(tokens)
+        for linear in (layer, plain[0]):
+            linear.weight.mul_(2)
+        expected = plain(tokens)
+        torch.testing.assert_close(layer(tokens), expected, rtol=1e-5, atol=1e-6)
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)  # the file is ours
+        others = [
+            copy.deepcopy(layer),
+            loaded,
+            torch.jit.script(layer),
+            torch.jit.trace(layer, tokens),
+            torch.fx.symbolic_trace(nn.Sequential(layer)),
+            torch.compile(layer, fullgraph=True, backend="aot_eager"),
+            torch.export.export(layer, (tokens,)).module(),
+            restore_conv2d(copy.deepcopy(layer)),
+        ]
+        for other in others:
+            torch.testing.assert_close(other(tokens), expected, rtol=1e-5, atol=1e-6)
+        assert list(loaded.state_dict()) == ["weight", "bias"]
+        torch.testing.assert_close(layer.double()(tokens.double()), plain.double()(tokens.double()))
+
+
+class Block(nn.Module):
+    """A user's block around layers of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv_act = nn.ReLU()
+        self.mlp = GlobalResponseNormMlp(8, 16)
+        self.norm = nn.LayerNorm(8)
+        self.other = Mlp(8, 16, act_layer=nn.SiLU)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_act(self.conv(x)).permute(0, 2, 3, 1)
+        x = x + self.other(self.norm(x + self.mlp(x)))
+        return self.head(x.mean((1, 2)))
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    model = Block().eval()
+    for name, parameter in model.named_parameters():
+        if "grn" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules() if not list(module.children())}
+
+
+def test_every_plain_layer_inside_a_model_is_packed_and_restored() -> None:
+    model = block()
+    before = kinds(model)
+    state = model.state_dict()
+    with torch.inference_mode():
+        expected = model(MAPS)
+        packed = prepack_weights(model)
+        torch.testing.assert_close(packed(MAPS), expected, rtol=1e-4, atol=1e-5)
+        assert kinds(model) == before
+        assert packed.state_dict().keys() == state.keys()
+        layers = {name for name, module in packed.named_modules() if isinstance(module, PackedConv2d | PackedLinear)}
+        assert layers == {"conv", "mlp.fc1", "mlp.fc2", "other.fc1", "other.fc2", "head"}
+        assert type(packed.mlp.act) is nn.Identity  # computed along
+        assert type(packed.other.act) is nn.SiLU
+        for other in (copy.deepcopy(packed), prepack_weights(packed), torch.fx.symbolic_trace(packed)):
+            torch.testing.assert_close(other(MAPS), expected, rtol=1e-4, atol=1e-5)
+        restore_conv2d(packed)
+        assert kinds(packed) == before
+        torch.testing.assert_close(packed(MAPS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_tells_what_it_calls_in_a_row() -> None:
+    class Row(Block):
+        pass
+
+    with torch.inference_mode():
+        expected = block()(MAPS)
+        model = block()
+        model.__class__ = Row
+        assert type(prepack_weights(model).conv_act) is nn.ReLU
+        assert called_in_a_row("conv", "conv_act")(Row) is Row
+        packed = prepack_weights(model)
+        assert type(packed.conv_act) is nn.Identity
+        torch.testing.assert_close(packed(MAPS), expected, rtol=1e-4, atol=1e-5)
+        assert type(restore_conv2d(packed).conv_act) is nn.ReLU
+
+        class Derived(Row):  # its forward may differ
+            pass
+
+        model.__class__ = Derived
+        assert type(prepack_weights(model).conv_act) is nn.ReLU
+
+
+def test_hooks_see_what_they_saw() -> None:
+    model = block()
+    model.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        expected = model(MAPS)
+        packed = prepack_weights(model, inplace=True)
+        torch.testing.assert_close(packed(MAPS), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(packed.mlp.fc1, PackedLinear)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)  # not the activation's output
+    assert seen[0].min() < -0.5
+
+
+def test_a_hook_between_the_layer_and_its_activation_is_still_called() -> None:
+    model = nn.Sequential(ConvNorm(8, 8, 1, norm_layer=None, act_layer=nn.ReLU))
+    seen: list[torch.Tensor] = []
+    model[0].bn.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        prepack_weights(model, inplace=True)(MAPS)
+    assert seen[0].min() < 0
+
+
+def test_shared_weights_and_shared_layers() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.first, self.second = Mlp(8, 16, 8), Mlp(8, 16, 8)
+            self.second.fc1 = self.first.fc1  # the same module, once followed by another activation
+            self.second.act = nn.ReLU()
+            self.head = nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.second(self.first(self.embed(x))))
+
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.arange(10)
+    with torch.no_grad():
+        expected = model(x)
+        packed = prepack_weights(model)
+        assert packed.head.weight is packed.embed.weight
+        assert isinstance(packed.head, PackedLinear)
+        torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
+        for other in (model, packed):
+            other.embed.weight.mul_(0.5)
+        torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-5)
+        assert isinstance(restore_conv2d(packed).second.act, nn.ReLU)
+
+
+def test_layers_that_are_more_than_their_class_says_are_left_alone() -> None:
+    def patched(layer: nn.Module) -> nn.Module:
+        plain = layer.forward
+        layer.forward = lambda x: 2 * plain(x)
+        return layer
+
+    torch.manual_seed(0)
+    pruned = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
+    with pytest.warns(FutureWarning):
+        old_weight_norm = weight_norm(nn.Linear(8, 8))
+    layers = [pruned, old_weight_norm, parametrizations.spectral_norm(nn.Linear(8, 8)), patched(nn.Linear(8, 8))]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    before = [type(layer) for layer in model]
+    with torch.no_grad():
+        expected = model(x)
+        prepack_weights(model, inplace=True)
+        assert [type(layer) for layer in model] == [*before[:-1], PackedLinear]
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+        pruned.weight_orig.mul_(2)
+        old_weight_norm.weight_g.mul_(2)
+        expected = nn.Sequential(*layers)(x)
+        model[-1].weight.mul_(3)
+        torch.testing.assert_close(
+            model(x), nn.functional.linear(expected, model[-1].weight, model[-1].bias), rtol=1e-5, atol=1e-5
+        )
+
+    fused = nn.Sequential(ConvNorm(8, 8, 1, norm_layer=None, act_layer=nn.ReLU))
+    patched(fused[0].conv)  # whose activation must stay outside
+    with torch.no_grad():
+        expected = fused(MAPS)
+        torch.testing.assert_close(prepack_weights(fused, inplace=True)(MAPS), expected, rtol=1e-5, atol=1e-6)
+    assert unpack(nn.Linear(8, 8)).state_dict() == {}
+
+
+def test_a_timm_model_of_linear_layers() -> None:
+    torch.manual_seed(0)
+    model = randomize_norms(timm.create_model("convnext_atto", num_classes=5)).eval()
+    x = torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        packed = prepack_weights(model)
+        assert_golden(packed(x), model(x), 1e-4)
+        acts = [module for module in packed.modules() if isinstance(module, nn.GELU | timm.layers.GELU)]
+        assert sum(isinstance(module, PackedLinear) for module in packed.modules()) >= 1
+        assert len(acts) == sum(
+            isinstance(m, PackedLinear | PackedConv2d) and fuses(m.act) and m.act in acts for m in packed.modules()
+        )
