@@ -799,7 +799,7 @@ def test_a_summary_that_is_asked_for_and_one_that_is_not(
     assert "of these are trained" in out
     main(["fit", *SCENES, *short, *frozen, "--trainer.enable_model_summary", "false"])
     assert "FPN" not in capsys.readouterr().out
-    asked = ["--trainer.callbacks", "RichModelSummary", "--trainer.callbacks.max_depth", "2"]
+    asked = ["--trainer.callbacks", '[{"class_path": "RichModelSummary", "init_args": {"max_depth": 2}}]']
     main(["fit", *SCENES, *short, *frozen, *asked])
     out = capsys.readouterr().out
     assert "model.encoder" in out  # somebody's own

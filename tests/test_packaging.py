@@ -9,6 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import lk_backbones
+from lk_backbones.weights import list_published
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +29,21 @@ def test_what_is_built_is_said_in_one_place() -> None:
     assert all((ROOT / name).exists() for name in targets["sdist"]["include"])
     assert {"lk_backbones", "recipes", "LICENSE", "CITATION.cff"} <= set(targets["sdist"]["include"])
     assert not (ROOT / "lk_backbones" / "recipes").exists(), "recipes are written at the top level only"
+
+
+def test_the_citation_names_this_version_and_every_paper_whose_weights_are_listed() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "references"} <= citation.keys()
+    assert citation["version"] == lk_backbones.__version__
+    assert citation["license"] == "MIT"
+    cited = {paper["identifiers"][0]["value"].removeprefix("arXiv:"): paper for paper in citation["references"]}
+    for arxiv, paper in cited.items():
+        assert paper["url"].endswith(f"/{arxiv}")
+        assert paper["type"] in ("article", "conference-paper")
+        assert all(author.keys() == {"family-names", "given-names"} for author in paper["authors"])
+    listed = {weights.arxiv: weights.paper for weights in list_published()}
+    assert {arxiv: cited[arxiv]["title"] for arxiv in listed} == listed
 
 
 @pytest.fixture(scope="module")
