@@ -145,7 +145,7 @@ def _print(pattern: str) -> None:
     if not recipes:
         raise ValueError(f"no recipe matches {shorten(pattern)}; `lk-backbones recipes` lists them all")
     terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=140)
+    console = terminal if terminal.is_terminal else Console(width=200)
     table = Table(title="recipes", title_justify="left", box=box.SIMPLE, padding=(0, 1))
     table.add_column("name", no_wrap=True)
     table.add_column("published result")

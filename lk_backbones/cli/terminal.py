@@ -28,6 +28,7 @@ _NO_NEWS = re.compile(
     r"|TPU available: False, "
     r"|Loading `train_dataloader` to estimate number of stepping batches"
     r"|Seed set to \d+$"  # the configuration has it
+    r"|Restoring states from the checkpoint path at "  # that they are restored is told too
 )
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -103,7 +104,7 @@ class ParameterSummary(ModelSummary):
         rows = zip(summary.layer_names, summary.layer_types, summary.param_nums, strict=True)
         for name, kind, number in rows:
             if number:
-                table.add_row(Text(name), Text(kind), get_human_readable_count(number))
+                table.add_row(Text(name), Text(kind.lstrip("_")), get_human_readable_count(number))
         if summary.trainable_parameters != summary.total_parameters:
             table.add_section()
             table.add_row("of these are trained", "", get_human_readable_count(summary.trainable_parameters))
