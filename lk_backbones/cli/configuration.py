@@ -68,6 +68,7 @@ class Trainer(pl.Trainer):
         limit_test_batches: Test batches, likewise.
         limit_predict_batches: Prediction batches, likewise.
         gradient_clip_val: Largest norm or value of gradients.
+        callbacks: Callbacks.
         enable_model_summary: Whether to print the model's parts, by a `ParameterSummary` if no callback does.
         **kwargs: As `lightning.pytorch.Trainer`.
     """
@@ -80,11 +81,11 @@ class Trainer(pl.Trainer):
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         gradient_clip_val: int | float | None = None,
+        callbacks: list[pl.Callback] | pl.Callback | None = None,
         enable_model_summary: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        given = kwargs.pop("callbacks", None) or []
-        callbacks = [*given] if isinstance(given, list) else [given]
+        callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks or [])
         if not (enable_model_summary is False or kwargs.get("barebones")):
             if not any(isinstance(callback, ModelSummary) for callback in callbacks):
                 callbacks.append(ParameterSummary())

@@ -27,7 +27,7 @@ _NO_NEWS = re.compile(
     r"💡 Tip: "  # advertisements
     r"|TPU available: False, "
     r"|Loading `train_dataloader` to estimate number of stepping batches"
-    r"|Seed set to \d+$"  # the configuration has it
+    r"|(\[rank: \d+\] )?Seed set to \d+$"  # the configuration has it
     r"|Restoring states from the checkpoint path at "  # that they are restored is told too
 )
 _LOGGERS = (

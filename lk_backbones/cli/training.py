@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from lk_backbones.weights.errors import WeightsError
@@ -43,7 +44,6 @@ def run(args: list[str]) -> None:
 def _run(args: list[str]) -> None:
     from jsonargparse import Namespace
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch import __version__ as lightning_version
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
@@ -57,7 +57,7 @@ def _run(args: list[str]) -> None:
 
     class CLI(CheckpointBlindCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning_version}"])
+            kwargs.setdefault("dump_header", [f"lightning=={version('lightning')}"])
             parser = Parser(**kwargs)
             parser.add_argument("-c", "--config", action=ConfigFile, help="Configuration file, or name of a recipe.")
             return parser

@@ -58,5 +58,5 @@ def test_copies_go_nowhere_that_something_is(to: str, named: str, refused: Refus
 
 
 def test_patterns_that_match_nothing(refused: Refused) -> None:
-    for pattern in ("nothing", "[bold]", "../*", "\x1b[31m"):
+    for pattern in ("nothing", "[bold]zzz", "../*", "\x1b[31m"):
         refused(["recipes", pattern], "no recipe matches")
