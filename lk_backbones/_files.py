@@ -1,5 +1,6 @@
 """Names that files can have anywhere, and files that appear at once, whole, under their name, or not at all."""
 
+import errno
 import hashlib
 import os
 import re
@@ -20,13 +21,17 @@ UNFINISHED = ".unfinished-*.tmp"
 
 
 @contextmanager
-def write_atomically(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
+def write_atomically(path: Path, durable: bool = False, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file that gets its name when the block ends without an error; folders are made as needed.
 
     Args:
-        path: The file's name; an existing file is replaced.
+        path: The file's name.
         durable: Whether to wait until the content is on the disk before an existing file is replaced, so that one of
             the two is there even after a power cut.
+        replace: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If there is a file of the name, even one that came up meanwhile, and it may not be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(UNFINISHED.replace("*", secrets.token_hex(8)))
@@ -37,12 +42,32 @@ def write_atomically(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
             if durable:
                 os.fsync(file.fileno())
             file.close()  # Windows replaces and removes no open file
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                _name_once(temporary, path)
         except BaseException:
             _discard(file, temporary)
             raise
     if durable and not WINDOWS:  # a rename is on the disk with the folder that it happened in
         _sync_folder(path.parent)
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a file its name unless something has it."""
+    if WINDOWS:
+        temporary.rename(path)  # which fails there if something has the name
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def _discard(file: IO[bytes], path: Path) -> None:

@@ -14,11 +14,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from PIL import Image
 
 from lk_backbones.cli import main
 from lk_backbones.data import PictureFolderDataModule, SyntheticScenesDataModule
+from lk_backbones.data.datamodule import PictureDataModule
 from lk_backbones.tasks import SegmentationTask
 
 TINY = [
@@ -577,3 +579,228 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+# --- recipes by name ---
+
+
+def printed_config(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    """What a command line would run, as ``--print_config`` says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--print_config"])
+    assert not stopped.value.code, capsys.readouterr().err
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_every_spelling_of_a_recipe_and_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no clone
+    name = "camvid/unet_replknet_31n_360"
+    spellings = [["--config", name], [f"--config={name}"], ["-c", name], [f"-c{name}"]]
+    spellings += [["--config", f"{before}{name}{after}"] for before in ("", "recipes/") for after in ("", ".yaml")]
+    for args in spellings:
+        assert printed_config(["fit", *args], capsys)["trainer"]["default_root_dir"] == "runs/camvid"
+    for command in ("validate", "test", "predict"):
+        assert printed_config([command, "--config", name], capsys)["trainer"]["default_root_dir"] == "runs/camvid"
+    pictures = printed_config(["predict", f"-c{name}", "--pictures", "folder"], capsys)
+    assert pictures["data"]["init_args"]["folder"] == "folder"
+    assert pictures["model"]["init_args"]["num_classes"] == 11
+
+
+def test_several_configurations_and_a_file_that_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("more.yaml").write_text("trainer: {max_epochs: 7}\n")
+    name = "camvid/unet_replknet_31n_360"
+    trainer = printed_config(["fit", "--config", name, "--config", "more.yaml"], capsys)["trainer"]
+    assert (trainer["max_epochs"], trainer["default_root_dir"]) == (7, "runs/camvid")
+    trainer = printed_config(["fit", "--config", name, "--config", "trainer: {max_epochs: 8}"], capsys)["trainer"]
+    assert trainer["max_epochs"] == 8
+    trainer = printed_config(["fit", "--config", "more.yaml", "--config", name], capsys)["trainer"]
+    assert trainer["max_epochs"] == 40
+
+    Path("camvid").mkdir()
+    Path("camvid/unet_replknet_31n_360").write_text("trainer: {max_epochs: 9, default_root_dir: mine}\n")
+    given = ["--model", "SegmentationTask", "--data", "SyntheticScenesDataModule"]
+    trainer = printed_config(["fit", "--config", name, *given], capsys)["trainer"]
+    assert (trainer["max_epochs"], trainer["default_root_dir"]) == (9, "mine")
+    trainer = printed_config(["fit", "--config", f"{name}.yaml"], capsys)["trainer"]
+    assert trainer["default_root_dir"] == "runs/camvid"
+
+
+# --- one's own data ---
+
+
+def own_pictures(root: Path) -> None:
+    """A folder with pictures, label maps and four classes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for folder in ("images", "masks"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(count):
+            image, mask = (
+                generator.integers(0, most, (64, 80, *rest), np.uint8) for most, rest in ((256, (3,)), (4, ()))
+            )
+            Image.fromarray(image).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(mask).save(root / "masks" / split / f"{i}.png")
+    (root / "classes.txt").write_text("a\nb\nc\nd\n")
+
+
+def own_objects(root: Path) -> None:
+    """A folder with pictures, boxes in COCO format and two categories."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    for split, ids in (("train", (1, 2)), ("val", (3,))):
+        for i in ids:
+            Image.new("RGB", (80, 64), (40 * i, 90, 200)).save(root / "images" / f"{i}.png")
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 80, "height": 64} for i in ids],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": 5, "bbox": [10, 10, 30, 20], "area": 600, "iscrowd": 0}
+                for i in ids
+            ],
+            "categories": [{"id": 5, "name": "cat"}, {"id": 9, "name": "dog"}],
+        }
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+
+
+OWN = {
+    "own/unet_replknet_31n_256": (own_pictures, 4, ["--data.crop_size", "64", "--data.batch_size", "2"]),
+    "own/faster_rcnn_replknet_31n_512": (
+        own_objects,
+        2,
+        ["--data.sizes", "[64]", "--model.min_size", "64", "--model.max_size", "96", "--data.batch_size", "2"],
+    ),
+}
+ONE_STEP = [*TINY, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--data.num_workers", "0"]
+
+
+@pytest.mark.parametrize("recipe", OWN)
+def test_the_number_of_classes_is_that_of_the_data(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, number, small = OWN[recipe]
+    make(Path("mine"))
+    built = []
+    original = PictureDataModule.__init__
+    monkeypatch.setattr(PictureDataModule, "__init__", lambda self: (built.append(self), original(self))[1])
+    main(["fit", "--config", recipe, "--data.root", "mine", *small, *ONE_STEP])
+    assert len(built) == 1, "the data module that told the number is not the one that was used"
+    (saved,) = tmp_path.rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["model"]["init_args"]["num_classes"] == number
+    (logged,) = tmp_path.rglob("hparams.yaml")
+    assert load_hparams_from_yaml(logged)["num_classes"] == number
+    path = next(iter(tmp_path.rglob("best*.ckpt")))
+    content = torch.load(path, weights_only=True)
+    assert content["hyper_parameters"]["num_classes"] == number
+    assert content["datamodule_hyper_parameters"]["_class_path"].startswith("lk_backbones.data.")
+
+    capsys.readouterr()
+    quiet = [*TINY, "--trainer.logger", "false", "--overlays.directory", "out", "--data.num_workers", "0"]
+    main(["validate", "--ckpt_path", str(path), *quiet])
+    alone = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    main(["validate", "--config", recipe, "--ckpt_path", str(path), "--data.root", "mine", *small, *quiet])
+    assert alone
+    assert [line for line in capsys.readouterr().out.splitlines() if "│" in line] == alone
+    # pictures without labels tell no number, the checkpoint does
+    main(["predict", "--config", recipe, "--ckpt_path", str(path), "--pictures", "mine/images", *quiet])
+    assert len(list(Path("out/overlays").iterdir())) == 3
+    # the saved configuration says all that there is to say
+    main(["fit", "--config", str(saved), *ONE_STEP])
+
+
+@pytest.mark.parametrize("wrong", ["9", "3"])
+@pytest.mark.parametrize("from_file", [True, False])
+def test_another_number_of_classes_stays_an_error(
+    from_file: bool, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_pictures(Path("mine"))
+    Path("more.yaml").write_text(f"model: {{init_args: {{num_classes: {wrong}}}}}\n")
+    given = ["--config", "more.yaml"] if from_file else ["--model.num_classes", wrong]
+    small = OWN["own/unet_replknet_31n_256"][2]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "own/unet_replknet_31n_256", *given, "--data.root", "mine", *small, *ONE_STEP])
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"has num_classes=4, but the task was built with num_classes={wrong}: make them equal" in message
+
+
+def test_data_that_are_not_there_are_the_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for recipe in OWN:
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", recipe, "--data.root", "nowhere"])
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert "nowhere" in error
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is no news ---
+
+
+QUICK_START = """
+import warnings
+import lightning.pytorch.trainer.trainer as trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lk_backbones.cli import main
+from lk_backbones.tasks import SegmentationTask
+
+def on_train_start(self):
+    warnings.warn("mind the gap\\nerror: forged \\x1b[31m")
+    rank_zero_info("Tip of the iceberg")
+
+SegmentationTask.on_train_start = on_train_start
+few = ["--data.train_images", "16", "--data.val_images", "2", "--data.num_workers", "0", "--trainer.max_epochs", "1"]
+main(["fit", "--config", "quickstart/unet_replknet_31n_scenes", *few, "--trainer.enable_progress_bar", "false"])
+main(["validate", "--ckpt_path", "runs/quickstart/lightning_logs/version_0/checkpoints/last.ckpt", *few[:6]])
+warnings.warn("later")
+"""
+
+
+def test_the_terminal_says_what_is_news_and_nothing_else(tmp_path: Path) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"}
+    for key in ("PL_GLOBAL_SEED", "LK_BACKBONES_TRACEBACK"):
+        env.pop(key, None)
+    command = [sys.executable, "-c", QUICK_START]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, encoding="utf-8")
+    assert ran.returncode == 0, ran.stderr
+    everything = ran.stdout + ran.stderr
+    noise = ("💡", "litlogger", "litmodels", "LeafSpec", "FLOPs", "TPU", "No seed", "Seed set", "to estimate number of")
+    assert not [word for word in noise if word in everything], everything
+    assert "callbacks used to create the checkpoint" not in everything
+    assert "GPU available: " in ran.stderr  # where it runs is news
+    assert "423 K" in ran.stdout
+    assert "mean IoU" in ran.stdout
+    lines = ran.stderr.splitlines()
+    assert "warning: mind the gap" in lines
+    assert "  error: forged \\x1b[31m" in lines
+    assert "Tip of the iceberg" in lines
+    assert any(line.startswith("warning: warmup_steps=20 is not shorter") for line in lines)
+    assert not any(line.startswith("warning: later") for line in lines)  # printed as Python does, after the command
+    assert any(line.endswith("UserWarning: later") for line in lines)
+
+
+def test_a_summary_that_is_asked_for_and_one_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [*TINY[:6], *TINY[8:], "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    frozen = ["--model.freeze_encoder", "true", "--trainer.logger", "false"]
+    main(["fit", *SCENES, *short, *frozen])
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines() if "FPN" in line] == [["model", "FPN"]]
+    assert "of these are trained" in out
+    main(["fit", *SCENES, *short, *frozen, "--trainer.enable_model_summary", "false"])
+    assert "FPN" not in capsys.readouterr().out
+    asked = ["--trainer.callbacks", '[{"class_path": "RichModelSummary", "init_args": {"max_depth": 2}}]']
+    main(["fit", *SCENES, *short, *frozen, *asked])
+    out = capsys.readouterr().out
+    assert "model.encoder" in out  # somebody's own
+    assert "of these are trained" not in out

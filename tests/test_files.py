@@ -79,3 +79,27 @@ def _interrupted(path: Path, durable: bool) -> None:
     with write_atomically(path, durable) as file:
         file.write(b"two")
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_a_file_that_came_up_meanwhile_stays(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+
+        def refuse(source: Path, target: Path) -> None:
+            raise PermissionError(1, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    with write_atomically(path, replace=False) as file:
+        file.write(b"one")
+    assert path.read_bytes() == b"one"
+    path.unlink()
+    with pytest.raises(FileExistsError):
+        _overtaken(path)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"somebody else's")]
+
+
+def _overtaken(path: Path) -> None:
+    with write_atomically(path, replace=False) as file:
+        file.write(b"two")
+        path.write_bytes(b"somebody else's")

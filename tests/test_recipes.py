@@ -13,6 +13,7 @@ import yaml
 import lk_backbones.data
 import lk_backbones.tasks
 from lk_backbones.cli import main
+from lk_backbones.cli.recipes import Recipe, list_recipes
 from lk_backbones.tasks.base import without_encoder_weights
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +40,13 @@ def build(path: Path) -> Any:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.parent.name for path in RECIPES} == {"quickstart", "camvid", "cityscapes", "ade20k", "bccd", "coco"}
+    folders = {"quickstart", "own", "camvid", "cityscapes", "ade20k", "bccd", "coco"}
+    assert {path.parent.name for path in RECIPES} == folders
     assert len(PUBLISHED) == 11
+
+
+def test_the_list_has_every_recipe() -> None:
+    assert {recipe.name: recipe.path for recipe in list_recipes()} == {name(path): path for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -56,7 +62,7 @@ def test_model_and_data_agree(path: Path) -> None:
     config = read(path)
     task = build(path)
     data = getattr(lk_backbones.data, config["data"]["class_path"])(**config["data"]["init_args"])
-    if path.parent.name not in ("camvid", "bccd", "coco"):  # whose classes are read from their folders
+    if path.parent.name not in ("camvid", "bccd", "coco", "own"):  # whose classes are read from their folders
         assert data.num_classes == task.hparams["num_classes"]
     if isinstance(task, lk_backbones.tasks.DetectionTask):
         assert getattr(data, "masks", True) or not task.has_masks
@@ -107,6 +113,74 @@ def test_published_recipes_have_the_published_size(path: Path) -> None:
     assert all(word in text for word in words)
 
 
+RESULT = r"mIoU \d\d\.\d single-scale, \d\d\.\d multi-scale|box AP \d\d\.\d(, mask AP \d\d\.\d)?"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_the_head_comment_gives_the_command(path: Path) -> None:
-    assert f"lk-backbones fit --config {path.relative_to(ROOT).as_posix()}" in path.read_text()
+def test_the_head_comment_says_what_it_is_and_gives_number_and_command(path: Path) -> None:
+    text = path.read_text()
+    title, published = Recipe(name(path), path).head()
+    assert re.fullmatch(r"[A-Z].{20,117}\.", title)
+    assert text.count("# Published: ") == 1
+    assert published == "none" or re.fullmatch(RESULT, published)
+    assert (published == "none") == ("Nobody published a number" in text)
+    assert f"lk-backbones fit --config {name(path)}" in text
+
+
+def test_the_readme_has_the_same_numbers() -> None:
+    rows = re.findall(r"^\| `([\w/]+)`.* \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    told = {recipe: numbers.replace(" ", "").split("/") for recipe, numbers in rows if "/" in recipe}
+    assert told.keys() == {name(path) for path in PUBLISHED}
+    for recipe in list_recipes():
+        published = re.findall(r"\d\d\.\d", recipe.head()[1])
+        if recipe.name in told:
+            assert re.findall(r"\d\d\.\d", " ".join(told[recipe.name])) == published
+        else:
+            assert not published
+
+
+def test_the_list_is_printed_with_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    out = capsys.readouterr().out
+    assert all(name(path) in out for path in RECIPES)
+    main(["recipes", "xl"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if "replknet" in line]
+    assert [row[0] for row in rows] == ["ade20k/upernet_replknet_xl_640", "coco/cascade_mask_rcnn_replknet_xl_3x"]
+    assert "mIoU 55.2 single-scale, 56.0 multi-scale" in out
+    assert "box AP 55.5, mask AP 48.0" in out
+    main(["recipes", "coco*31l"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "replknet" in line] == [
+        "coco/cascade_mask_rcnn_replknet_31l_22k_3x"
+    ]
+
+
+def test_a_copy_is_the_recipe_and_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = ROOT / "recipes/own/unet_replknet_31n_256.yaml"
+    Path("folder").mkdir()
+    targets = {
+        (): "unet_replknet_31n_256.yaml",
+        ("mine.yaml",): "mine.yaml",
+        ("folder",): "folder/unet_replknet_31n_256.yaml",
+        ("a/b.yaml",): "a/b.yaml",
+        ("new/",): "new/unet_replknet_31n_256.yaml",
+    }
+    for to, expected in targets.items():
+        main(["recipes", "copy", "own/unet_replknet_31n_256", *to])
+        assert Path(expected).read_bytes() == source.read_bytes()
+        assert f"lk-backbones fit --config {Path(expected)}" in capsys.readouterr().out
+    Path("mine.yaml").write_text("edited")
+    before = sorted(tmp_path.rglob("*"))
+    for to, there in {**targets, ("mine.yaml/x.yaml",): "mine.yaml"}.items():
+        with pytest.raises(SystemExit):
+            main(["recipes", "copy", "own/unet_replknet_31n_256", *to])
+        error = " ".join(capsys.readouterr().err.split())
+        assert error.startswith(f"error: {Path(there)} is there already")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("mine.yaml").read_text() == "edited"
+    with pytest.raises(SystemExit) as stopped:  # what was copied is what the flag takes
+        main(["fit", "--config", "a/b.yaml", "--print_config"])
+    assert not stopped.value.code

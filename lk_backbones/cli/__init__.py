@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import hub, models, training
+from lk_backbones.cli import hub, models, recipes, training
 
 __all__ = ["main"]
 
@@ -19,11 +19,13 @@ _USAGE = """usage: lk-backbones COMMAND ...
 
 Large-kernel ConvNets for segmentation and detection.
 
-  fit       train:     lk-backbones fit --config recipes/quickstart/unet_replknet_31n_scenes.yaml
+  fit       train:     lk-backbones fit --config quickstart/unet_replknet_31n_scenes
+                       lk-backbones fit --config own/unet_replknet_31n_256 --data.root FOLDER
   validate  evaluate:  lk-backbones validate --ckpt_path CHECKPOINT
   test      evaluate:  lk-backbones test --ckpt_path CHECKPOINT
   predict   overlays, and label maps or detections, for a folder of pictures:
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
+  recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
   models    list the encoders: name, parameters, kernel sizes, weights
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
@@ -59,6 +61,8 @@ def _run(args: list[str]) -> None:
         print(_USAGE)
     elif args[0] == "--version":
         print(f"lk-backbones {lk_backbones.__version__}")
+    elif args[0] == "recipes":
+        recipes.run(args[1:])
     elif args[0] == "models":
         models.run(args[1:])
     elif args[0] == "hub":

@@ -9,19 +9,23 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lk_backbones.data
 import lk_backbones.tasks
 from lk_backbones._printing import printable
+from lk_backbones.cli.recipes import find_configuration
+from lk_backbones.cli.terminal import ParameterSummary
 from lk_backbones.data.datamodule import PictureDataModule
 from lk_backbones.tasks import BaseTask
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.saved import constructor_parameters, own_classes
 
-__all__ = ["Parser", "SaveConfig", "Trainer", "reason_of"]
+__all__ = ["ConfigFile", "Parser", "SaveConfig", "Trainer", "reason_of"]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -64,6 +68,8 @@ class Trainer(pl.Trainer):
         limit_test_batches: Test batches, likewise.
         limit_predict_batches: Prediction batches, likewise.
         gradient_clip_val: Largest norm or value of gradients.
+        callbacks: Callbacks.
+        enable_model_summary: Whether to print the model's parts, by a `ParameterSummary` if no callback does.
         **kwargs: As `lightning.pytorch.Trainer`.
     """
 
@@ -75,10 +81,19 @@ class Trainer(pl.Trainer):
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         gradient_clip_val: int | float | None = None,
+        callbacks: list[pl.Callback] | pl.Callback | None = None,
+        enable_model_summary: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks or [])
+        if not (enable_model_summary is False or kwargs.get("barebones")):
+            if not any(isinstance(callback, ModelSummary) for callback in callbacks):
+                callbacks.append(ParameterSummary())
+            enable_model_summary = False  # what there is needs no default beside it
         super().__init__(
             *args,
+            callbacks=callbacks,
+            enable_model_summary=enable_model_summary,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
@@ -86,6 +101,14 @@ class Trainer(pl.Trainer):
             gradient_clip_val=gradient_clip_val,
             **kwargs,
         )
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``, which takes a file or the name of a recipe."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read it; see `jsonargparse.ActionConfigFile`."""
+        super().__call__(parser, cfg, find_configuration(values), option_string)
 
 
 class Parser(LightningArgumentParser):

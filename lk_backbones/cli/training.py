@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from lk_backbones.weights.errors import WeightsError
@@ -35,22 +35,33 @@ def run(args: list[str]) -> None:
         args: The command and its flags.
     """
     # Imported here: `models` and a mistyped command need not wait for Lightning.
+    from lk_backbones.cli.terminal import only_news
+
+    with only_news(training=args[0] == "fit"):
+        _run(args)
+
+
+def _run(args: list[str]) -> None:
     from jsonargparse import Namespace
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
-    from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
+    from lk_backbones.cli.configuration import ConfigFile, Parser, SaveConfig, Trainer, reason_of
     from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
-    # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
     checkpoint = _read_checkpoint(args)
     args = _pictures(args, checkpoint)
     saved = _from_checkpoint(args, checkpoint)
 
     class CLI(CheckpointBlindCLI):
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            kwargs.setdefault("dump_header", [f"lightning=={version('lightning')}"])
+            parser = Parser(**kwargs)
+            parser.add_argument("-c", "--config", action=ConfigFile, help="Configuration file, or name of a recipe.")
+            return parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # each asks the task what there is to draw, to print and to write
             parser.add_lightning_class_args(Overlays, "overlays")
@@ -60,10 +71,9 @@ def run(args: list[str]) -> None:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             super().parse_arguments(parser, args)
-            if saved:
-                given = parser.parse_args(args, defaults=False)[self.config["subcommand"]]
-                for key, part in saved.items():
-                    part.given = set(vars(given.get(key, Namespace())))
+            self.given = parser.parse_args(args, defaults=False)[self.config["subcommand"]]
+            for key, part in saved.items():
+                part.given = set(vars(self.given.get(key, Namespace())))
 
         def before_instantiate_classes(self) -> None:
             if not saved:
@@ -71,10 +81,28 @@ def run(args: list[str]) -> None:
 
         def instantiate_classes(self) -> None:
             try:
+                self._take_num_classes()
                 super().instantiate_classes()
             except Exception as error:
                 reason = reason_of(error)
                 raise reason from reason.__cause__
+
+        def _take_num_classes(self) -> None:
+            """Set a number of classes that nobody gave to that of the data, or else of the checkpoint."""
+            command = self.config["subcommand"]
+            config: Any = self.config[command]
+            arguments = config.get("model.init_args", Namespace())
+            if "num_classes" not in arguments or "model.init_args.num_classes" in self.given:
+                return
+            only_data = Namespace({"subcommand": command, command: Namespace(data=config["data"])})
+            data = self.parser.instantiate_classes(only_data)[command]["data"]
+            # What has read its classes is used, rather than a second one.
+            self.parser.add_instantiator(lambda *_, **__: data, type(data), subclasses=False, prepend=True)
+            number = getattr(data, "num_classes", None) or _num_classes_of(checkpoint)
+            if isinstance(number, int):
+                arguments["num_classes"] = number
+            # Lightning's copy, of which the checkpoint's hyper-parameters are made, is of before.
+            vars(self).pop("config_dump", None)
 
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
@@ -221,7 +249,18 @@ def _read_checkpoint(args: list[str]) -> dict[str, Any] | None:
 def _left_open(args: list[str]) -> list[str]:
     """Which of ``model`` and ``data`` a command line does not name, itself or in a configuration."""
     given = {arg.split("=")[0] for arg in args}
-    return [] if given & {"--config", "-c"} else [key for key in ("model", "data") if f"--{key}" not in given]
+    return [] if any(map(_is_config, args)) else [key for key in ("model", "data") if f"--{key}" not in given]
+
+
+def _is_config(arg: str) -> bool:
+    """Whether an argument is ``--config`` or ``-c``, with its value or before it."""
+    return arg.split("=")[0] == "--config" or (arg.startswith("-c") and not arg.startswith("--"))
+
+
+def _num_classes_of(checkpoint: dict[str, Any] | None) -> Any:
+    """The number of classes of a checkpoint's model, for pictures without labels; ``None`` if it does not say."""
+    values = (checkpoint or {}).get("hyper_parameters")
+    return values.get("num_classes") if isinstance(values, dict) else None
 
 
 def _from_checkpoint(args: list[str], checkpoint: dict[str, Any] | None) -> dict[str, _Saved]:
@@ -267,10 +306,10 @@ def _pictures(args: list[str], checkpoint: dict[str, Any] | None) -> list[str]:
     configurations, rest = [], []
     arguments = iter(args[1:])
     for arg in arguments:
-        name = arg.split("=")[0]
-        if name not in ("--pictures", "--config", "-c"):
+        is_config = _is_config(arg)
+        if not is_config and arg.split("=")[0] != "--pictures":
             rest.append(arg)
             continue
-        value = [] if "=" in arg else [next(arguments, "")]
-        configurations += [arg, *value] if name != "--pictures" else []
+        value = [next(arguments, "")] if arg in ("--pictures", "--config", "-c") else []
+        configurations += [arg, *value] if is_config else []
     return [args[0], *configurations, *data, *rest]
