@@ -13,12 +13,13 @@ import torch
 from torch import distributed
 
 from lk_backbones._files import write_atomically
+from lk_backbones.callbacks.closing import WritingCallback
 from lk_backbones.callbacks.overlays import Overlays
 
 __all__ = ["CocoResults", "results_of"]
 
 
-class CocoResults(L.Callback):
+class CocoResults(WritingCallback):
     """Write the detections of a validation, a test or a prediction into a COCO results file.
 
     ``predictions.json`` is a list with one entry per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width,
@@ -53,6 +54,10 @@ class CocoResults(L.Callback):
     def files(self) -> list[Path]:
         """What the current or last run has written."""
         return self._files
+
+    def written(self) -> list[tuple[str, Path]]:
+        """See `WritingCallback.written`."""
+        return [("detections", file) for file in self._files]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, in all processes together; Lightning calls it."""

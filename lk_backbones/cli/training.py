@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,7 +40,7 @@ def run(args: list[str]) -> None:
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
     from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
-    from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
+    from lk_backbones.callbacks import ClosingLines, CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -79,12 +78,13 @@ def run(args: list[str]) -> None:
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
             trainer: Any = self.trainer
-            trainer.callbacks = [c for c in trainer.callbacks if _applies(c, self.model, unseeded)]
+            kept = [c for c in trainer.callbacks if _applies(c, self.model, unseeded)]
+            trainer.callbacks = [ClosingLines(), *kept]  # modules of somebody else's bring none along
 
     # A checkpoint holds every weight: those that its encoder started from are not fetched again.
     restored = _option(args, "--ckpt_path") if args[0] != "fit" else None
     with _restoring(restored) if restored is not None else nullcontext():
-        cli = CLI(
+        CLI(
             saved["model"].factory(args) if "model" in saved else LightningModule,
             saved["data"].factory(args) if "data" in saved else LightningDataModule,
             subclass_mode_model="model" not in saved,
@@ -98,8 +98,6 @@ def run(args: list[str]) -> None:
             parser_kwargs={"prog": "lk-backbones"},
             args=args,
         )
-    if cli.trainer.is_global_zero:
-        _say_where(cli.trainer)
 
 
 @contextmanager
@@ -118,28 +116,11 @@ def _restoring(path: str) -> Iterator[None]:
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
     """Whether a callback of ours has anything to do: other modules are not drawn, and some runs shall have no seed."""
-    from lk_backbones.tasks import DetectionTask, Overlays, ReproducibleSteps, SegmentationTask
+    from lk_backbones.callbacks import Overlays, ReproducibleSteps
 
     if isinstance(callback, Overlays):
-        return isinstance(model, SegmentationTask | DetectionTask)
+        return callback.can_draw(model)
     return not (isinstance(callback, ReproducibleSteps) and unseeded and callback.seed is None)
-
-
-def _say_where(trainer: Any) -> None:
-    """Name what a run has left on the disk."""
-    from lk_backbones.tasks import CocoResults, Overlays
-
-    lines = []
-    for callback in trainer.callbacks:
-        if isinstance(callback, Overlays) and callback.folder.is_dir():
-            lines.append(f"pictures:   {callback.folder}")
-        if isinstance(callback, CocoResults):
-            lines += [f"detections: {file}" for file in callback.files]
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if trainer.state.fn == "fit" and checkpoint:
-        lines.append(f"checkpoint: {os.path.relpath(checkpoint)}")
-    for line in lines:
-        print(line)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from typing_extensions import Self
 
 from lk_backbones.callbacks.checkpoints import SafeCheckpoints
+from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.drawing.canvas import Color, default_colors
 from lk_backbones.drawing.figures import Figures
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
@@ -274,9 +275,10 @@ class BaseTask(L.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Bring along `SafeCheckpoints`, unless the trainer has one."""
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(c, SafeCheckpoints) for c in callbacks) else [SafeCheckpoints()]
+        """Bring along `SafeCheckpoints` and `ClosingLines`, unless the trainer has them."""
+        has: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds: tuple[type[L.Callback], ...] = (SafeCheckpoints, ClosingLines)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in has)]
 
     @classmethod
     def load_from_checkpoint(

@@ -80,7 +80,7 @@ def test_predictions_become_files(tmp_path: Path) -> None:
 
 
 def test_overlays_refuse_other_modules_and_arguments(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="draws a SegmentationTask or a DetectionTask, not a LightningModule"):
+    with pytest.raises(TypeError, match=r"draws a task that has a method figures.*; LightningModule has none"):
         Overlays().setup(trainer(tmp_path), L.LightningModule(), "fit")
     with pytest.raises(ValueError, match="opacity=2 in"):
         Overlays(opacity=2)
