@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
 
 from lk_backbones.callbacks.checkpoints import SafeCheckpoints
@@ -214,7 +215,7 @@ class BaseTask(L.LightningModule):
         if milestones := hparams.get("milestones"):
             epoch = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
             steps = [epoch * milestone for milestone in milestones]
-            scheduler = warmup_step_scheduler(
+            scheduler: LRScheduler = warmup_step_scheduler(
                 optimizer, steps, hparams.gamma, hparams.warmup_steps, hparams.warmup_ratio
             )
         else:
