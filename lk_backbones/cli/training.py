@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lk_backbones.weights.errors import WeightsError
@@ -75,6 +77,9 @@ def run(args: list[str]) -> None:
                 reason = reason_of(error)
                 raise reason from reason.__cause__
 
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            return super().instantiate_trainer(**_beside_its_run(args[0], self.config_init[args[0]]), **kwargs)
+
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
             trainer: Any = self.trainer
@@ -112,6 +117,33 @@ def _restoring(path: str) -> Iterator[None]:
         if path in str(error):
             raise
         raise WeightsError(f"'{path}': {error}") from error
+
+
+def _beside_its_run(command: str, config: Any) -> dict[str, Any]:
+    """Let what evaluates a run's checkpoint write into the run's folder, if nothing else was asked for.
+
+    Every evaluation gets a folder of its own there, ``<run>/<command>/version_<n>``, so that nothing of the run or of
+    an earlier one is written over. A checkpoint is of a run if it lies where Lightning puts it, in ``checkpoints``.
+
+    Args:
+        command: Lightning's command.
+        config: Its configuration, instantiated.
+
+    Returns:
+        Arguments of the trainer.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    path, logger = config["ckpt_path"], config["trainer"]["logger"]
+    if command == "fit" or path is None or path in _NO_FILES or "://" in path:
+        return {}
+    folder = Path(os.path.abspath(path)).parent
+    asked_for = config["trainer"]["default_root_dir"] is not None or not isinstance(logger, bool | None)
+    if asked_for or folder.name != "checkpoints" or not os.access(folder.parent, os.W_OK):
+        return {}
+    if logger is False:
+        return {"default_root_dir": str(folder.parent / command)}
+    return {"logger": TensorBoardLogger(folder.parent, name=command)}
 
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
