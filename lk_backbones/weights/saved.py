@@ -10,6 +10,7 @@ import math
 import os
 import types
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -183,9 +184,10 @@ def find_class(cls: type[T], class_path: object, known: Mapping[str, type[T]], w
     return cls
 
 
-def _names(name: str, cls: type) -> tuple[str, ...]:
-    package = cls.__module__.rpartition(".")[0]
-    return name, f"{package}.{name}", f"{cls.__module__}.{name}"
+def _names(name: str, cls: type) -> list[str]:
+    """A class's name alone, and in its module and every package around that, as it may lie deeper than its export."""
+    modules = list(accumulate(cls.__module__.split("."), "{}.{}".format))
+    return [name, *(f"{module}.{name}" for module in modules)]
 
 
 def constructor_parameters(cls: type, resolve: bool = True) -> dict[str, inspect.Parameter]:
