@@ -41,8 +41,8 @@ def run(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
-    from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
     from lk_backbones.callbacks import ClosingLines, CocoResults, MetricsTable, Overlays, ReproducibleSteps
+    from lk_backbones.cli.configuration import Parser, SaveConfig, Trainer, reason_of
 
     # The arguments come from the command line or from a test; Lightning only wants to warn of a mix-up.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

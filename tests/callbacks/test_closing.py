@@ -52,7 +52,7 @@ def test_a_script_ends_as_the_command_line_does(
     assert closing(capsys.readouterr().out) == []
 
 
-def failing():  # noqa: ANN201, a loader
+def failing():
     yield next(iter(loader(UNEVEN_SIZES)))
     raise ZeroDivisionError
 
@@ -94,7 +94,7 @@ def test_two_processes_say_it_once_whatever_the_terminal(tmp_path: Path) -> None
     command = [sys.executable, "-m", "tests.callbacks.test_closing", str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    assert closing(run.stdout) == [f"pictures:   {str(tmp_path)}/gr\\xf6\\xdfe/out"]
+    assert closing(run.stdout) == [f"pictures:   {tmp_path!s}/gr\\xf6\\xdfe/out"]
 
 
 if __name__ == "__main__":
