@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lk_backbones.drawing.palette import Color, class_palette
+
 #: The value of pixels that count neither in the loss nor in the metrics, after reading, in every data module.
 IGNORE_INDEX = 255
 
 #: Marks a label value that belongs to no class and is not ignored either: reading a mask that has it is an error.
 _UNKNOWN = -1
-
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,6 @@ def load_table(name: str) -> ClassTable:
         colors=tuple((row["color"][0], row["color"][1], row["color"][2]) for row in classes),
         class_of_label={row["id"]: row["trainId"] for row in rows if row["id"] >= 0},
     )
-
-
-def default_colors(num_classes: int) -> list[Color]:
-    """Returns distinct RGB colours for classes that bring none: the colour map of PASCAL VOC, without its black."""
-    colors = []
-    for value in range(1, num_classes + 1):
-        channels = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                channels[channel] |= (value >> (3 * bit + channel) & 1) << (7 - bit)
-        colors.append((channels[0], channels[1], channels[2]))
-    return colors
 
 
 def read_classes_file(path: str | Path, ignore_label: int | None = None) -> ClassTable:
@@ -176,7 +164,7 @@ def _check_names(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_colors(path: Path, colors: Any, num_classes: int) -> tuple[Color, ...]:
     if colors is None:
-        return tuple(default_colors(num_classes))
+        return tuple(class_palette(num_classes))
     if not isinstance(colors, list) or len(colors) != num_classes:
         count = len(colors) if isinstance(colors, list) else type(colors).__name__
         raise ValueError(f'{path}: "colors" must be a list of {num_classes} colours, one per name, got {count}.')

@@ -23,10 +23,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lk_backbones._printing import printable
-from lk_backbones.data.classes import ClassTable, default_colors
+from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.json_stream import JsonStream
 from lk_backbones.data.outlines import MAX_OUTLINE, Outlines, Polygons, RunLengths, outline_length
 from lk_backbones.data.run_lengths import decompress
+from lk_backbones.drawing.palette import class_palette
 from lk_backbones.weights.errors import shorten
 
 #: Most pixels that a side of a picture, or a coordinate, may have.
@@ -281,7 +282,7 @@ def _read_categories(path: Path, categories: list[Any]) -> ClassTable:
     ordered = sorted(zip(ids, names, strict=True))
     return ClassTable(
         names=tuple(name.strip() for _, name in ordered),
-        colors=tuple(default_colors(len(ordered))),
+        colors=tuple(class_palette(len(ordered))),
         class_of_label={number: index for index, (number, _) in enumerate(ordered)},
     )
 

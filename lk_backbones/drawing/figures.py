@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from lk_backbones.drawing.canvas import (
-    Color,
     draw_objects,
     draw_panels,
     fit_size,
@@ -16,6 +15,7 @@ from lk_backbones.drawing.canvas import (
     overlay,
     to_rgb,
 )
+from lk_backbones.drawing.palette import Color
 from lk_backbones.metrics.masks import decode_masks
 
 __all__ = ["DetectionFigures", "Figures", "SegmentationFigures"]

@@ -19,8 +19,8 @@ from typing_extensions import Self
 
 from lk_backbones.callbacks.checkpoints import SafeCheckpoints
 from lk_backbones.callbacks.closing import ClosingLines
-from lk_backbones.drawing.canvas import Color, default_colors
 from lk_backbones.drawing.figures import Figures
+from lk_backbones.drawing.palette import Color, class_palette
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
 from lk_backbones.tasks.optim import (
     encoder_lr_scales,
@@ -137,8 +137,8 @@ class BaseTask(L.LightningModule):
 
     @property
     def class_colors(self) -> list[Color]:
-        """Colours of the classes: the argument's, else the data module's, else well separated ones."""
-        colors = self.hparams["class_colors"] or default_colors(self.hparams["num_classes"])
+        """Colours of the classes: the argument's, else the data module's, else those of `class_palette`."""
+        colors = self.hparams["class_colors"] or class_palette(self.hparams["num_classes"])
         return [(color[0], color[1], color[2]) for color in colors]
 
     # --- building ---------------------------------------------------------------------------------------------------
