@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from lk_backbones.data.classes import ClassTable, Color
+from lk_backbones._processes import world
+from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.sampling import (
     SampleKey,
     TrainingLoader,
@@ -22,8 +23,8 @@ from lk_backbones.data.sampling import (
     derive_seed,
     evaluation_loader,
     init_worker,
-    world,
 )
+from lk_backbones.drawing.palette import Color
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.saved import (
     build_saved,

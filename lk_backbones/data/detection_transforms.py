@@ -47,6 +47,9 @@ class Mirror(_Framed, A.HorizontalFlip):
         return frame * [-1, -1, 1, 1] + [0, params["shape"][1], 0, 0]
 
 
+# Not torchvision's RandomShortestSize: it cuts sides to whole pixels where the published training rounds them, so that
+# half of all pictures of COCO's sizes come out a pixel smaller, it knows no frame, and it draws from torch's global
+# generator, which a resumed run could not repeat.
 class ResizeShortSide(_Framed, ResizeByRatio):
     """Resizes the short side to one of some lengths, drawn at random, while the long side stays within a limit.
 

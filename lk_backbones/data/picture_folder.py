@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from lk_backbones._processes import world
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.datamodule import (
@@ -18,7 +19,7 @@ from lk_backbones.data.datamodule import (
     require_size,
 )
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
-from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
+from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
 from lk_backbones.weights.errors import WeightsError, shorten

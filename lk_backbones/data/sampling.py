@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lk_backbones._processes import world
 
 
 class SampleKey(NamedTuple):
@@ -181,13 +182,6 @@ def init_worker(worker_id: int) -> None:
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def world() -> tuple[int, int]:
-    """Returns (number of processes, rank of this one)."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size(), distributed.get_rank()
-    return 1, 0
 
 
 def default_pin_memory() -> bool:

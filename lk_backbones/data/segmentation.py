@@ -19,6 +19,7 @@ from typing import Any
 import albumentations as A
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from lk_backbones.data.checks import check_sizes, for_all, require_same_size
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
@@ -32,7 +33,7 @@ from lk_backbones.data.datamodule import (
 )
 from lk_backbones.data.reading import labels_to_classes, read_image, read_labels
 from lk_backbones.data.sampling import SampleKey
-from lk_backbones.data.transforms import IMAGENET_MEAN, eval_transform, train_transform
+from lk_backbones.data.transforms import eval_transform, train_transform
 
 __all__ = ["FileSegmentationDataset", "SegmentationDataModule", "SegmentationDataset", "Split", "collate"]
 
@@ -195,7 +196,7 @@ class SegmentationDataModule(ImageDataModule):
         base_size: tuple[int, int] | None = None,
         cat_max_ratio: float = 0.75,
         test_size: tuple[int, int] | None = None,
-        image_fill: tuple[float, float, float] = IMAGENET_MEAN,
+        image_fill: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         seed: int | None = None,
         check_files: CheckLevel = "auto",
         pin_memory: bool | None = None,

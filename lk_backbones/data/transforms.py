@@ -16,11 +16,9 @@ import numpy as np
 from albumentations.core.transforms_interface import DualTransform, ImageOnlyTransform
 from albumentations.core.type_definitions import Targets
 from albumentations.pytorch import ToTensorV2
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from lk_backbones.data.classes import IGNORE_INDEX
-
-#: Mean colour of ImageNet, RGB in [0, 1]. Padding with it is 0 after the usual normalisation.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 
 class ResizeByRatio(DualTransform):
@@ -234,7 +232,7 @@ def train_transform(
     scale_range: tuple[float, float] = (0.5, 2.0),
     base_size: tuple[int, int] | None = None,
     cat_max_ratio: float = 0.75,
-    image_fill: tuple[float, float, float] = IMAGENET_MEAN,
+    image_fill: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
     ignore_index: int = IGNORE_INDEX,
 ) -> A.Compose:
     """Builds the published training pipeline.
@@ -244,7 +242,8 @@ def train_transform(
         scale_range: Smallest and largest random ratio.
         base_size: ``(long side, short side)`` that a picture is fitted into at ratio 1; None: its own size.
         cat_max_ratio: Largest share of one class in a crop.
-        image_fill: Colour of the padding right of and below pictures smaller than the crop, RGB in [0, 1].
+        image_fill: Colour of the padding right of and below pictures smaller than the crop, RGB in [0, 1]. The mean
+            colour of ImageNet is 0 after the usual normalisation.
         ignore_index: Mask value of the padding and of pixels without a class.
 
     Returns:

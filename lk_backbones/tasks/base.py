@@ -13,6 +13,7 @@ from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
@@ -42,8 +43,6 @@ from lk_backbones.weights.saved import (
 __all__ = ["BaseTask", "check_shared_arguments", "mean_and_std", "saved_task", "without_encoder_weights"]
 
 TaskT = TypeVar("TaskT", bound="BaseTask")
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _skip_encoder_weights: ContextVar[bool] = ContextVar("_skip_encoder_weights", default=False)
 
@@ -421,8 +420,8 @@ def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
 def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[list[float], list[float]]:
     """The arguments ``mean`` and ``std``, else those of the encoder's weights, else ImageNet's."""
     channels = hparams["in_channels"]
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
     if spec.preprocessing:
         mean, std = spec.preprocessing["mean"], spec.preprocessing["std"]
     elif spec.is_timm:
