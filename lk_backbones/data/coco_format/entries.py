@@ -48,7 +48,7 @@ _OUTSIDE = re.compile(r"[a-zA-Z]:|[/\\]|(.*/)?\.\.(/|$)", re.DOTALL)
 
 
 def not_a_name(name: str, allow_outside: bool) -> str | None:
-    """Says why a file name from outside is none of a file in a folder; None: it is one.
+    """Say why a file name from outside is none of a file in a folder; None: it is one.
 
     Args:
         name: Relative to the folder, with ``/`` between sub-folders.
@@ -66,14 +66,14 @@ def not_a_name(name: str, allow_outside: bool) -> str | None:
 
 
 def look_at(path: Path, entry: Any) -> tuple[dict[str, Any], str | None]:
-    """Looks at one annotation by itself.
+    """Look at one annotation by itself.
 
     Returns:
         The annotation as annotations usually are, without what is wrong; and what is wrong, where that does not matter
         if its box is not usable.
 
     Raises:
-        WrongEntry: It is wrong anyhow.
+        WrongEntry: If it is wrong anyhow.
     """
     number = id_of(path, entry, "annotation")
     where = f"{path}, annotation {number}"
@@ -108,7 +108,7 @@ def look_at(path: Path, entry: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _wrong_segmentation(where: str, shape: Any) -> str | None:
-    """Says what is wrong with polygons or an RLE."""
+    """Say what is wrong with polygons or an RLE."""
     if shape is None:
         return None
     if isinstance(shape, dict):

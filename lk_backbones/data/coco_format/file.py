@@ -58,20 +58,20 @@ class CocoFile:
         has_annotations: Whether the file has any list of annotations; those of test sets may not.
         without_mask: Id of the first annotation that has no segmentation; None if all have one.
         has_some_mask: Whether any annotation has a segmentation.
-        image_ids: int64 `(P,)`, in the order of the file.
-        heights: int64 `(P,)`, in pixels.
-        widths: int64 `(P,)`, in pixels.
+        image_ids: int64 ``(P,)``, in the order of the file.
+        heights: int64 ``(P,)``, in pixels.
+        widths: int64 ``(P,)``, in pixels.
         file_names: P texts.
-        ends: int64 `(P + 1,)`; the annotations of picture p are those from ``ends[p]`` to ``ends[p + 1]``.
-        ids: int64 `(N,)`.
-        labels: int64 `(N,)`, from 1.
-        boxes: float32 `(N, 4)`, x, y, width, height.
-        areas: float32 `(N,)`, those of the boxes where the file says nothing.
-        iscrowd: int64 `(N,)`, 0 or 1.
-        polygons: int64 `(N, 2)`, the first polygon and the one after the last.
+        ends: int64 ``(P + 1,)``; the annotations of picture p are those from ``ends[p]`` to ``ends[p + 1]``.
+        ids: int64 ``(N,)``.
+        labels: int64 ``(N,)``, from 1.
+        boxes: float32 ``(N, 4)``, x, y, width, height.
+        areas: float32 ``(N,)``, those of the boxes where the file says nothing.
+        iscrowd: int64 ``(N,)``, 0 or 1.
+        polygons: int64 ``(N, 2)``, the first polygon and the one after the last.
         polygon_ends: int64; polygon i is made of ``coordinates[polygon_ends[i]:polygon_ends[i + 1]]``.
         coordinates: float64, x1, y1, x2, y2, … of all polygons.
-        run_lengths: int64 `(N, 2)`, the first and the one after the last of ``counts``; both 0 if it is no RLE.
+        run_lengths: int64 ``(N, 2)``, the first and the one after the last of ``counts``; both 0 if it is no RLE.
         counts: int32, the run lengths of all RLE.
     """
 
@@ -101,23 +101,23 @@ class CocoFile:
 
     @property
     def num_objects(self) -> np.ndarray:
-        """Number of usable annotations of every picture, crowds not counted, int64 `(P,)`."""
+        """Number of usable annotations of every picture, crowds not counted, int64 ``(P,)``."""
         single = np.concatenate([[0], np.cumsum(self.iscrowd.numpy() == 0)])
         return np.diff(single[self.ends.numpy()])
 
     def image(self, place: int) -> CocoImage:
-        """Returns a picture's entry."""
+        """Return a picture's entry."""
         return CocoImage(
             int(self.image_ids[place]), self.file_names[place], int(self.heights[place]), int(self.widths[place])
         )
 
     def annotations(self, place: int) -> slice:
-        """Returns which annotations a picture has."""
+        """Return which annotations a picture has."""
         start, end = self.ends[place : place + 2].tolist()
         return slice(start, end)
 
     def outlines(self, place: int) -> Outlines:
-        """Returns the masks of a picture's objects, not yet drawn."""
+        """Return the masks of a picture's objects, not yet drawn."""
         chosen = self.annotations(place)
         shapes: list[Polygons | RunLengths] = []
         for (first, last), (start, end) in zip(

@@ -26,7 +26,7 @@ _BATCH = 2048
 def read_coco(
     path: Path, strict: bool = False, needs_annotations: bool = True, allow_outside: bool = False
 ) -> CocoFile:
-    """Reads and checks an annotation file.
+    """Read and check an annotation file.
 
     Annotations whose box has no positive size or lies outside of its picture are dropped, and counted in one warning.
 
@@ -40,8 +40,8 @@ def read_coco(
         Its content.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a COCO annotation file, or an entry of it is wrong; the message names file and id.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a COCO annotation file, or an entry of it is wrong; the message names file and id.
     """
     content = _read(path, ["images", "categories"] + (["annotations"] if needs_annotations else []), allow_outside)
     table = _read_categories(path, content["categories"])
@@ -53,7 +53,7 @@ def read_coco(
 
 
 def _read(path: Path, keys: list[str], allow_outside: bool) -> dict[str, Any]:
-    """Reads the file; of what is neither pictures, annotations nor categories only the names are kept."""
+    """Read the file; of what is neither pictures, annotations nor categories only the names are kept."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no annotations file {path}.")
     content: dict[str, Any] = {}

@@ -133,7 +133,7 @@ class Annotations:
             self.wrong |= wrong
 
     def _add(self, entries: list[Any]) -> None:
-        """Appends a batch as a whole, or raises `Unusual`; this takes the time, hence the sets and arrays."""
+        """Append a batch as a whole, or raise `Unusual`; this takes the time, hence the sets and arrays."""
         if not all_are(dict, entries):
             raise Unusual
         ids, images, categories, crowds = (
@@ -171,10 +171,10 @@ class Annotations:
             self.counts.frombytes(numbers.astype(np.int32).tobytes())
 
     def finish(self, images: Images, table: ClassTable, has_annotations: bool, strict: bool) -> CocoFile:
-        """Compares the annotations with pictures and categories, and puts them into the order of the pictures.
+        """Compare the annotations with pictures and categories, and put them into the order of the pictures.
 
         Raises:
-            ValueError: An entry is wrong.
+            ValueError: If an entry is wrong.
         """
         path, ids, boxes = self.path, view(self.ids), view(self.boxes).reshape(-1, 4)
         unique, times = np.unique(ids, return_counts=True)
@@ -241,7 +241,7 @@ class Annotations:
         )
 
     def _report(self, reasons: dict[str, np.ndarray], images: Images, place: np.ndarray, strict: bool) -> None:
-        """Warns of the annotations that are left out, by reason, with the first of each; if strict, it is an error."""
+        """Warn of the annotations that are left out, by reason, with the first of each; if strict, it is an error."""
         found = {reason: int(mask.argmax()) for reason, mask in reasons.items() if mask.any()}
         if not found:
             return
@@ -264,7 +264,7 @@ class Annotations:
         )
 
     def _check_sizes(self, images: Images, place: np.ndarray, kept: np.ndarray) -> None:
-        """Compares the sizes of RLE with those of their pictures."""
+        """Compare the sizes of RLE with those of their pictures."""
         coded = np.flatnonzero(view(self.num_counts))
         sizes = view(self.sizes).reshape(-1, 2)
         expected = np.stack([view(images.heights)[place[coded]], view(images.widths)[place[coded]]], axis=1)
