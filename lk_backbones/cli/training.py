@@ -78,7 +78,8 @@ def run(args: list[str]) -> None:
                 raise reason from reason.__cause__
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
-            return super().instantiate_trainer(**_beside_its_run(args[0], self.config_init[args[0]]), **kwargs)
+            command = self.config_init["subcommand"]
+            return super().instantiate_trainer(**_beside_its_run(command, self.config_init[command]), **kwargs)
 
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
