@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timing import interleave
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from lk_backbones.data import ADE20KDataModule, CityscapesDataModule, SegmentationFolderDataModule
 from lk_backbones.data.sampling import SampleKey
@@ -32,7 +33,7 @@ from lk_backbones.data.segmentation import FileSegmentationDataset, Segmentation
 
 #: Ratios of the random resize, in place of chance: the costs of the smallest and the largest differ sixteenfold.
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-FILL = (0.485, 0.456, 0.406)
+FILL = IMAGENET_DEFAULT_MEAN
 UNIT = np.arange(256, dtype=np.float32) / 255
 
 

@@ -45,7 +45,7 @@ from lk_backbones.weights import (
     list_published,
     pull,
 )
-from lk_backbones.weights.download import explain
+from lk_backbones.weights.download import hub_error
 from lk_backbones.weights.openmmlab import is_dense_model
 from lk_backbones.weights.report import follow, load_state
 
@@ -276,7 +276,7 @@ def push(
                 repo_id=repo_id, folder_path=written, revision=revision, commit_message=commit_message
             )
         except Exception as error:
-            raise explain(error, repo_id, revision=revision, right="write") from error
+            raise hub_error(error, repo_id, revision=revision, right="write") from error
     return f"hf-hub:{repo_id}@{commit.oid}"
 
 
@@ -284,6 +284,6 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise explain(error, repo_id) from error
+        raise hub_error(error, repo_id) from error
     if "/" not in repo_id:
         raise WeightsError(f"'{repo_id}' is no repository name: 'owner/name' is expected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,60 @@ def test_a_checkpoint_alone_validates_to_the_same_numbers(
     second = capsys.readouterr().out
     assert "mean IoU" in first
     assert [line for line in first.splitlines() if "│" in line] == [line for line in second.splitlines() if "│" in line]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_evaluations_write_beside_their_run_and_over_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "version_0"
+    (original,) = (path.parent for path in run.rglob("config.yaml"))
+    shutil.copytree(original, folder, ignore=lambda path, names: {"validate", "test", "predict"} & {*names})
+    (name,) = (path.name for path in folder.glob("checkpoints/*.ckpt"))
+    checkpoint = ["--ckpt_path", str(Path("runs", "version_0", "checkpoints", name))]
+    of_the_run = contents(tmp_path)
+    before = dict(of_the_run)
+
+    def written(*args: str) -> set[str]:
+        main([*args, *TINY, "--overlays.num_pictures", "1"])
+        now = contents(tmp_path)
+        assert {path: content for path, content in now.items() if path in before} == before
+        new = {Path(path).as_posix() for path in now if path not in before}
+        before.update(now)
+        return {path.rpartition("events.out.tfevents")[0] or path for path in new}
+
+    def all_of(command: str, number: int) -> set[str]:
+        version = f"runs/version_0/{command}/version_{number}"
+        return {f"{version}/{name}" for name in ("", "hparams.yaml")}
+
+    val, test = "overlays/val/step_00000000/scene_val_00000.png", "overlays/test/scene_test_00000.png"
+    assert written("validate", *checkpoint) == {*all_of("validate", 0), f"runs/version_0/validate/version_0/{val}"}
+    assert f"pictures:   {folder / 'validate' / 'version_0' / 'overlays'}" in capsys.readouterr().out.splitlines()
+    for number in (0, 1):
+        assert written("test", *checkpoint) == {
+            *all_of("test", number),
+            f"runs/version_0/test/version_{number}/{test}",
+        }
+    # who evaluates by the run's own configuration has asked for no folder either, and keeps that of the run
+    again = written("test", "--config", str(folder / "config.yaml"), *checkpoint, "--trainer.default_root_dir", "null")
+    assert again - all_of("test", 2) == {f"runs/version_0/test/version_2/{name}" for name in (test, "config.yaml")}
+    assert written("test", *checkpoint, "--trainer.logger", "false") == {f"runs/version_0/test/{test}"}
+
+    # what is asked for
+    assert written("test", *checkpoint, "--trainer.default_root_dir", "own", "--trainer.logger", "false") == {
+        f"own/{test}"
+    }
+    csv = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
+    assert f"logs/lightning_logs/version_0/{test}" in written("test", *checkpoint, *csv)
+    # a checkpoint of no run: wherever it was downloaded to is not ours to fill
+    shutil.copy(Path("runs", "version_0", "checkpoints", name), "alone.ckpt")
+    before["alone.ckpt"] = Path("alone.ckpt").read_bytes()
+    assert f"lightning_logs/version_0/{test}" in written("test", "--ckpt_path", "alone.ckpt")
+    assert of_the_run.items() <= contents(tmp_path).items()
 
 
 def test_a_checkpoint_of_a_bare_trainer_knows_its_data_too(

@@ -1,6 +1,7 @@
 """What watches, draws and writes while a task runs."""
 
 from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
+from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
 from lk_backbones.callbacks.tables import MetricsTable
@@ -8,10 +9,12 @@ from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 
 __all__ = [
     "AtomicCheckpointIO",
+    "ClosingLines",
     "CocoResults",
     "MetricsTable",
     "Overlays",
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",
+    "WritingCallback",
 ]

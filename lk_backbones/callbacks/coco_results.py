@@ -10,15 +10,16 @@ from typing import IO, Any
 
 import lightning as L
 import torch
-from torch import distributed
 
 from lk_backbones._files import write_atomically
+from lk_backbones._processes import gathered
+from lk_backbones.callbacks.closing import WritingCallback
 from lk_backbones.callbacks.overlays import Overlays
 
 __all__ = ["CocoResults", "results_of"]
 
 
-class CocoResults(L.Callback):
+class CocoResults(WritingCallback):
     """Write the detections of a validation, a test or a prediction into a COCO results file.
 
     ``predictions.json`` is a list with one entry per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width,
@@ -53,6 +54,10 @@ class CocoResults(L.Callback):
     def files(self) -> list[Path]:
         """What the current or last run has written."""
         return self._files
+
+    def written(self) -> list[tuple[str, Path]]:
+        """See `WritingCallback.written`."""
+        return [("detections", file) for file in self._files]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, in all processes together; Lightning calls it."""
@@ -145,7 +150,7 @@ class CocoResults(L.Callback):
             for file in opened:
                 file.write(b"[")
             before = b"\n"
-            for entry in _gathered(part):
+            for entry in _entries(part):
                 for file in opened[:1]:
                     file.write(before + json.dumps(entry).encode())
                 for file in opened[1:]:
@@ -194,16 +199,12 @@ def results_of(prediction: dict[str, Any], category_ids: list[int]) -> list[dict
 _AT_ONCE = 256
 
 
-def _gathered(part: Path | None) -> Iterator[dict[str, Any]]:
+def _entries(part: Path | None) -> Iterator[dict[str, Any]]:
     """The entries of all processes, of which each has some lines in a file of its own; to be run through by all."""
     with ExitStack() as stack:
         lines = iter(()) if part is None else iter(stack.enter_context(part.open(encoding="utf-8")))
         while True:
-            block = list(islice(lines, _AT_ONCE))
-            blocks: list[Any] = [block]
-            if distributed.is_available() and distributed.is_initialized():
-                blocks = [None] * distributed.get_world_size()
-                distributed.all_gather_object(blocks, block)
+            blocks = gathered(list(islice(lines, _AT_ONCE)))
             if not any(blocks):
                 return
             for line in chain.from_iterable(blocks):

@@ -8,13 +8,14 @@ import numpy as np
 from PIL import Image
 
 from lk_backbones._files import OutputNames
+from lk_backbones.callbacks.closing import WritingCallback
 from lk_backbones.drawing.canvas import save_png
 from lk_backbones.drawing.figures import Figures
 
 __all__ = ["Overlays"]
 
 
-class Overlays(L.Callback):
+class Overlays(WritingCallback):
     """Draw image, truth and prediction side by side, for the logger and into a folder.
 
     Validation and test: some pictures, evenly spread over the data (those of the first process), in
@@ -51,12 +52,22 @@ class Overlays(L.Callback):
         self.log = log
         self.score_threshold = score_threshold
         self._folder = Path()
+        self._has_drawn = False
         self._names: dict[str, OutputNames] = {}
 
     @property
     def folder(self) -> Path:
         """Where the pictures of the current or last run are."""
         return self._folder
+
+    def written(self) -> list[tuple[str, Path]]:
+        """See `WritingCallback.written`; the folder, if there is a picture in it."""
+        return [("pictures", self._folder)] if self._has_drawn else []
+
+    @staticmethod
+    def can_draw(module: L.LightningModule) -> bool:
+        """Whether a module tells how to draw what it does, by a method `figures` as that of `BaseTask`."""
+        return callable(getattr(module, "figures", None))
 
     def find_folder(self, trainer: L.Trainer) -> Path:
         """Where the pictures of a run will be; to be asked in all processes together."""
@@ -70,15 +81,16 @@ class Overlays(L.Callback):
         """
         self._figures(pl_module)
         self._folder = self.find_folder(trainer)
+        self._has_drawn = False
         self._names.clear()
 
     def _figures(self, task: L.LightningModule) -> Figures:
-        make = getattr(task, "figures", None)
-        if not callable(make):
+        if not self.can_draw(task):
             raise TypeError(
                 f"Overlays draws a task that has a method figures(opacity, score_threshold), as SegmentationTask and "
                 f"DetectionTask have; {type(task).__name__} has none"
             )
+        make: Any = task.figures
         figures: Figures = make(self.opacity, self.score_threshold)
         return figures
 
@@ -109,7 +121,7 @@ class Overlays(L.Callback):
         for i, path in enumerate(figures.paths(batch, unnamed)):
             name = self._name(trainer, path)
             for folder, picture in figures.predicted(batch, outputs, i, path).items():
-                save_png(picture, self._folder / folder / f"{name}.png")
+                self._save(picture, folder, name)
 
     def _draw_chosen(
         self,
@@ -133,9 +145,13 @@ class Overlays(L.Callback):
         for i, path in enumerate(figures.paths(batch, f"batch_{batch_idx}")[:per_batch]):
             figure = figures.compared(batch, outputs, i, path)
             name = self._name(trainer, path)
-            save_png(figure, self._folder / folder / f"{name}.png")
+            self._save(figure, folder, name)
             if self.log:
                 _log_picture(trainer, f"{folder.split('/')[0]}/{name}", figure)
+
+    def _save(self, picture: Image.Image, folder: str, name: str) -> None:
+        save_png(picture, self._folder / folder / f"{name}.png")
+        self._has_drawn = True
 
     def _name(self, trainer: L.Trainer, path: str) -> str:
         """The name for the pictures of a picture, among all pictures of the stage, whichever process they are in."""

@@ -6,6 +6,8 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
+from lk_backbones._printing import any_text_can_be_printed
+
 __all__ = ["MetricsTable"]
 
 
@@ -42,4 +44,5 @@ class MetricsTable(L.Callback):
             return
         make = getattr(task, "results_table", None)
         if callable(make):  # a task of somebody else's has none
-            Console().print(make(trainer.callback_metrics, stage))
+            with any_text_can_be_printed():
+                Console().print(make(trainer.callback_metrics, stage))

@@ -124,7 +124,7 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
         command = parser.prog.replace(" [options]", "")
-        print(f"error: {printable(explain(message, options))}", file=sys.stderr)
+        print(f"error: {printable(one_sentence(message, options))}", file=sys.stderr)
         print(f"`{command} --help` lists the flags.", file=sys.stderr)
         sys.exit(2)
 
@@ -153,7 +153,7 @@ _UNION = "Does not validate against any of the Union subtypes"
 _NOISE = (_UNION, "Subtypes: ", "Errors:", "Given value type: ", "Given value: ", "- Expected a <class 'NoneType'>")
 
 
-def explain(message: str, options: Iterable[str]) -> str:
+def one_sentence(message: str, options: Iterable[str]) -> str:
     """Make one sentence of an error of jsonargparse: which argument, what is wrong, what may have been meant.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lk_backbones.weights.errors import WeightsError
@@ -47,8 +48,8 @@ def _run(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
+    from lk_backbones.callbacks import ClosingLines, CocoResults, MetricsTable, Overlays, ReproducibleSteps
     from lk_backbones.cli.configuration import ConfigFile, Parser, SaveConfig, Trainer, reason_of
-    from lk_backbones.tasks import CocoResults, MetricsTable, Overlays, ReproducibleSteps
 
     args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
     checkpoint = _read_checkpoint(args)
@@ -104,15 +105,20 @@ def _run(args: list[str]) -> None:
             # Lightning's copy, of which the checkpoint's hyper-parameters are made, is of before.
             vars(self).pop("config_dump", None)
 
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            command = self.config_init["subcommand"]
+            return super().instantiate_trainer(**_beside_its_run(command, self.config_init[command]), **kwargs)
+
         def after_instantiate_classes(self) -> None:
             unseeded = self.config[self.config["subcommand"]]["seed_everything"] is False
             trainer: Any = self.trainer
-            trainer.callbacks = [c for c in trainer.callbacks if _applies(c, self.model, unseeded)]
+            kept = [c for c in trainer.callbacks if _applies(c, self.model, unseeded)]
+            trainer.callbacks = [ClosingLines(), *kept]  # modules of somebody else's bring none along
 
     # A checkpoint holds every weight: those that its encoder started from are not fetched again.
     restored = _option(args, "--ckpt_path") if args[0] != "fit" else None
     with _restoring(restored) if restored is not None else nullcontext():
-        cli = CLI(
+        CLI(
             saved["model"].factory(args) if "model" in saved else LightningModule,
             saved["data"].factory(args) if "data" in saved else LightningDataModule,
             subclass_mode_model="model" not in saved,
@@ -126,8 +132,6 @@ def _run(args: list[str]) -> None:
             parser_kwargs={"prog": "lk-backbones"},
             args=args,
         )
-    if cli.trainer.is_global_zero:
-        _say_where(cli.trainer)
 
 
 @contextmanager
@@ -144,30 +148,40 @@ def _restoring(path: str) -> Iterator[None]:
         raise WeightsError(f"'{path}': {error}") from error
 
 
+def _beside_its_run(command: str, config: Any) -> dict[str, Any]:
+    """Let what evaluates a run's checkpoint write into the run's folder, if nothing else was asked for.
+
+    Every evaluation gets a folder of its own there, ``<run>/<command>/version_<n>``, so that nothing of the run or of
+    an earlier one is written over. A checkpoint is of a run if it lies where Lightning puts it, in ``checkpoints``.
+
+    Args:
+        command: Lightning's command.
+        config: Its configuration, instantiated.
+
+    Returns:
+        Arguments of the trainer.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    path, logger = config["ckpt_path"], config["trainer"]["logger"]
+    if command == "fit" or path is None or path in _NO_FILES or "://" in path:
+        return {}
+    folder = Path(os.path.abspath(path)).parent
+    asked_for = config["trainer"]["default_root_dir"] is not None or not isinstance(logger, bool | None)
+    if asked_for or folder.name != "checkpoints" or not os.access(folder.parent, os.W_OK):
+        return {}
+    if logger is False:
+        return {"default_root_dir": str(folder.parent / command)}
+    return {"logger": TensorBoardLogger(folder.parent, name=command)}
+
+
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
     """Whether a callback of ours has anything to do: other modules are not drawn, and some runs shall have no seed."""
-    from lk_backbones.tasks import DetectionTask, Overlays, ReproducibleSteps, SegmentationTask
+    from lk_backbones.callbacks import Overlays, ReproducibleSteps
 
     if isinstance(callback, Overlays):
-        return isinstance(model, SegmentationTask | DetectionTask)
+        return callback.can_draw(model)
     return not (isinstance(callback, ReproducibleSteps) and unseeded and callback.seed is None)
-
-
-def _say_where(trainer: Any) -> None:
-    """Name what a run has left on the disk."""
-    from lk_backbones.tasks import CocoResults, Overlays
-
-    lines = []
-    for callback in trainer.callbacks:
-        if isinstance(callback, Overlays) and callback.folder.is_dir():
-            lines.append(f"pictures:   {callback.folder}")
-        if isinstance(callback, CocoResults):
-            lines += [f"detections: {file}" for file in callback.files]
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if trainer.state.fn == "fit" and checkpoint:
-        lines.append(f"checkpoint: {os.path.relpath(checkpoint)}")
-    for line in lines:
-        print(line)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:

@@ -46,7 +46,7 @@ class ADE20KDataModule(SegmentationDataModule):
         self.root = Path(root)
 
     def load_classes(self) -> ClassTable:
-        """Returns the 150 classes."""
+        """Return the 150 classes."""
         return load_table("ade20k")
 
     def make_dataset(self, split: Split) -> FileSegmentationDataset:

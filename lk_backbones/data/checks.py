@@ -19,7 +19,7 @@ _PROGRESS_FROM = 500
 
 
 def require_folders(root: Path, folders: Sequence[str], layout: str) -> None:
-    """Checks that a data set's sub-folders exist.
+    """Check that a data set's sub-folders exist.
 
     Args:
         root: The data set's folder, as the user gave it.
@@ -27,7 +27,7 @@ def require_folders(root: Path, folders: Sequence[str], layout: str) -> None:
         layout: The expected layout in words, for the message.
 
     Raises:
-        FileNotFoundError: One is missing; the message names it, what was found instead, and a better root if one is
+        FileNotFoundError: If one is missing; the message names it, what was found instead, and a better root if one is
             near.
     """
     if not root.is_dir():
@@ -56,7 +56,7 @@ def _listing(folder: Path) -> str:
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Says whether a path below a folder leads out of it by a symbolic link; the folder itself may be one."""
+    """Say whether a path below a folder leads out of it by a symbolic link; the folder itself may be one."""
     inside = _real_folder(os.path.abspath(folder))
     if path.is_symlink():
         real = os.path.realpath(path)
@@ -71,10 +71,10 @@ def _real_folder(folder: str) -> str:
 
 
 def require_files(files: Sequence[Path], folder: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> None:
-    """Checks that a folder holds any files.
+    """Check that a folder holds any files.
 
     Raises:
-        FileNotFoundError: It does not.
+        FileNotFoundError: If it does not.
     """
     if not files:
         raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(extensions)}). It holds: {_listing(folder)}.")
@@ -88,7 +88,7 @@ def pair_by_name(
     mask_folder: Path,
     example: Callable[[str], str],
 ) -> list[tuple[Path, Path]]:
-    """Matches images and masks by a key made from their paths.
+    """Match images and masks by a key made from their paths.
 
     Args:
         images: Image files.
@@ -102,8 +102,8 @@ def pair_by_name(
         The pairs, in the order of ``images``.
 
     Raises:
-        FileNotFoundError: An image has no mask, or a mask has no image.
-        ValueError: Two images or two masks have the same key.
+        FileNotFoundError: If an image has no mask, or a mask has no image.
+        ValueError: If two images or two masks have the same key.
     """
     image_of, mask_of = _index(images, image_key, "images"), _index(masks, mask_key, "masks")
     lonely = [image_of[key] for key in image_of if key not in mask_of]
@@ -134,10 +134,10 @@ def _some(paths: Sequence[Path]) -> str:
 
 
 def check_sizes(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Checks, from the headers alone, that every image can be opened and is as large as its mask.
+    """Check, from the headers alone, that every image can be opened and is as large as its mask.
 
     Raises:
-        ValueError: One is not.
+        ValueError: If one is not.
     """
 
     def check(pair: tuple[Path, Path]) -> None:
@@ -147,10 +147,10 @@ def check_sizes(pairs: Sequence[tuple[Path, Path]]) -> None:
 
 
 def require_same_size(image: Path, size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> None:
-    """Checks that an image and its mask have the same (height, width).
+    """Check that an image and its mask have the same (height, width).
 
     Raises:
-        ValueError: They have not.
+        ValueError: If they have not.
     """
     if size != mask_size:
         raise ValueError(
@@ -160,7 +160,7 @@ def require_same_size(image: Path, size: tuple[int, ...], mask: Path, mask_size:
 
 
 def for_all(check: Callable[[Any], object], items: Sequence[Any], title: str) -> None:
-    """Runs a check over all items in threads, with a progress bar when there are many; the first error is raised."""
+    """Run a check over all items in threads, with a progress bar when there are many; the first error is raised."""
     with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         results = pool.map(check, items)
         hidden = len(items) < _PROGRESS_FROM

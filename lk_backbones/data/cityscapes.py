@@ -50,7 +50,7 @@ class CityscapesDataModule(SegmentationDataModule):
         self.root = Path(root)
 
     def load_classes(self) -> ClassTable:
-        """Returns the 19 classes."""
+        """Return the 19 classes."""
         return load_table("cityscapes")
 
     @property

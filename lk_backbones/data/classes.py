@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lk_backbones.drawing.palette import Color, class_palette
+
 #: The value of pixels that count neither in the loss nor in the metrics, after reading, in every data module.
 IGNORE_INDEX = 255
 
 #: Marks a label value that belongs to no class and is not ignored either: reading a mask that has it is an error.
 _UNKNOWN = -1
-
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class ClassTable:
         return len(self.names)
 
     def lookup(self) -> np.ndarray:
-        """Returns the int16 array that maps a label value (its position) to a class index, -1 where there is none."""
+        """Return the int16 array that maps a label value (its position) to a class index, -1 where there is none."""
         table = np.full(max(256, max(self.class_of_label) + 1), _UNKNOWN, dtype=np.int16)
         for label, index in self.class_of_label.items():
             table[label] = index
         return table
 
     def describe_labels(self) -> str:
-        """Returns the allowed label values as text, e.g. ``"0..10 (Sky to Bicyclist), ignored: 11, 255"``."""
+        """Return the allowed label values as text, e.g. ``"0..10 (Sky to Bicyclist), ignored: 11, 255"``."""
         classes = sorted(label for label, index in self.class_of_label.items() if index != IGNORE_INDEX)
         ignored = sorted(label for label, index in self.class_of_label.items() if index == IGNORE_INDEX)
         text = f"{_ranges(classes)} ({self.names[0]} to {self.names[-1]})"
@@ -52,7 +52,7 @@ class ClassTable:
 
 
 def _ranges(values: Sequence[int]) -> str:
-    """Returns ``[0, 1, 2, 7]`` as ``"0..2, 7"``."""
+    """Return ``[0, 1, 2, 7]`` as ``"0..2, 7"``."""
     parts: list[list[int]] = []
     for value in values:
         if parts and value == parts[-1][-1] + 1:
@@ -63,7 +63,7 @@ def _ranges(values: Sequence[int]) -> str:
 
 
 def load_table(name: str) -> ClassTable:
-    """Loads one of the tables that come with the package (``"cityscapes"`` or ``"ade20k"``; see ``tables/README.md``).
+    """Load one of the tables that come with the package (``"cityscapes"`` or ``"ade20k"``; see ``tables/README.md``).
 
     Of a name with synonyms ("building, edifice") the first one is kept: it is unique, and short enough for a table.
     """
@@ -76,20 +76,8 @@ def load_table(name: str) -> ClassTable:
     )
 
 
-def default_colors(num_classes: int) -> list[Color]:
-    """Returns distinct RGB colours for classes that bring none: the colour map of PASCAL VOC, without its black."""
-    colors = []
-    for value in range(1, num_classes + 1):
-        channels = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                channels[channel] |= (value >> (3 * bit + channel) & 1) << (7 - bit)
-        colors.append((channels[0], channels[1], channels[2]))
-    return colors
-
-
 def read_classes_file(path: str | Path, ignore_label: int | None = None) -> ClassTable:
-    """Reads a classes file.
+    """Read a classes file.
 
     ``*.txt`` holds one class name per line, in the order of the label values. ``*.json`` holds a list of names, or an
     object with ``"names"`` and, if wanted, ``"colors"`` (one ``[red, green, blue]`` per name, 0 to 255) and
@@ -104,8 +92,8 @@ def read_classes_file(path: str | Path, ignore_label: int | None = None) -> Clas
         The table.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is malformed; the message says where.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is malformed; the message says where.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,7 +164,7 @@ def _check_names(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_colors(path: Path, colors: Any, num_classes: int) -> tuple[Color, ...]:
     if colors is None:
-        return tuple(default_colors(num_classes))
+        return tuple(class_palette(num_classes))
     if not isinstance(colors, list) or len(colors) != num_classes:
         count = len(colors) if isinstance(colors, list) else type(colors).__name__
         raise ValueError(f'{path}: "colors" must be a list of {num_classes} colours, one per name, got {count}.')

@@ -32,7 +32,7 @@ class CocoDataset(DetectionDataset):
         file: The annotations.
         folder: Folder that the file's ``file_name`` is relative to.
         masks: Whether there are masks.
-        places: Which of the file's pictures there are, int64 `(N,)`.
+        places: Which of the file's pictures there are, int64 ``(N,)``.
         transform: See `DetectionDataset`.
         training: See `DetectionDataset`.
         allow_outside: Whether a symbolic link in the folder may lead out of it.
@@ -67,25 +67,25 @@ class CocoDataset(DetectionDataset):
         return self.file.image(self._place(index))
 
     def path(self, index: int) -> str:
-        """Returns the picture's file."""
+        """Return the picture's file."""
         return str(self.folder / self._image(index).file_name)
 
     def image_id(self, index: int) -> int:
-        """Returns the picture's id in the annotation file."""
+        """Return the picture's id in the annotation file."""
         return int(self.file.image_ids[self._place(index)])
 
     def aspect_ratio(self, index: int) -> float:
-        """Returns width / height as the annotation file says."""
+        """Return width / height as the annotation file says."""
         place = self._place(index)
         return float(self.file.widths[place] / self.file.heights[place])
 
     def size(self, index: int) -> tuple[int, int]:
-        """Returns height and width as the annotation file says."""
+        """Return height and width as the annotation file says."""
         place = self._place(index)
         return int(self.file.heights[place]), int(self.file.widths[place])
 
     def objects(self, index: int) -> Objects:
-        """Returns what the annotation file says of the objects of a picture; masks are not drawn yet."""
+        """Return what the annotation file says of the objects of a picture; masks are not drawn yet."""
         place = self._place(index)
         chosen = self.file.annotations(place)
         boxes = self.file.boxes[chosen].numpy().copy()
@@ -142,14 +142,14 @@ class CocoDataset(DetectionDataset):
             )
 
     def check(self, level: CheckLevel) -> None:
-        """Looks for all files; ``"headers"`` also at their sizes, ``"full"`` at every pixel and mask.
+        """Look for all files; ``"headers"`` also at their sizes, ``"full"`` at every pixel and mask.
 
         ``"auto"`` is full up to 1000 pictures, and beyond looks only for the files. Pictures that cannot be read are no
         error where they are skipped.
 
         Raises:
-            FileNotFoundError: A picture is missing.
-            ValueError: A file is unusable; the message names it.
+            FileNotFoundError: If a picture is missing.
+            ValueError: If a file is unusable; the message names it.
         """
         if level == "off":
             return
@@ -273,7 +273,7 @@ class CocoDataModule(DetectionDataModule):
         return self.masks is not False and all(dataset.masks for dataset in self._datasets.values())
 
     def load_classes(self) -> ClassTable:
-        """Reads the categories; all files have the same, and the validation file is the smallest."""
+        """Read the categories; all files have the same, and the validation file is the smallest."""
         splits: list[Split] = ["val", "test", "train"]
         present = [split for split in splits if split in self.paths and self._path(split).is_file()]
         return self._file(present[0] if present else "val").table
@@ -282,7 +282,7 @@ class CocoDataModule(DetectionDataModule):
         return self.root / self.paths[split][1]
 
     def _file(self, split: Split) -> CocoFile:
-        """Reads a split's annotations, once."""
+        """Read a split's annotations, once."""
         if split not in self._files:
             require_folders(self.root, [], _LAYOUT)
             path = self._path(split)

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from lk_backbones.data.classes import ClassTable, Color
+from lk_backbones._processes import world
+from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.sampling import (
     SampleKey,
     TrainingLoader,
@@ -22,8 +23,8 @@ from lk_backbones.data.sampling import (
     derive_seed,
     evaluation_loader,
     init_worker,
-    world,
 )
+from lk_backbones.drawing.palette import Color
 from lk_backbones.weights.errors import WeightsError
 from lk_backbones.weights.saved import (
     build_saved,
@@ -61,17 +62,17 @@ class PictureDataset(Dataset[Any], ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Returns the picture's file, or a name if there is none."""
+        """Return the picture's file, or a name if there is none."""
 
     def check(self, level: CheckLevel) -> None:
-        """Looks at all files, as far as the level says; there is nothing to look at where pictures are made up.
+        """Look at all files, as far as the level says; there is nothing to look at where pictures are made up.
 
         Raises:
-            ValueError: A file is unusable; the message names it.
+            ValueError: If a file is unusable; the message names it.
         """
 
     def augment(self, key: int | SampleKey, **targets: Any) -> dict[str, Any]:
-        """Runs the pipeline; with a `SampleKey` the augmentation is the one of that seed."""
+        """Run the pipeline; with a `SampleKey` the augmentation is the one of that seed."""
         seed = key.seed if isinstance(key, SampleKey) else derive_seed(key)
         # One stream for the whole pipeline. set_random_seed() would start every transform's own stream with the same
         # seed, and then a picture would be flipped if and only if it is brightened.
@@ -86,7 +87,7 @@ class PictureDataModule(LightningDataModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: Any, map_location: Any = None, weights_only: bool | None = None, **kwargs: Any
     ) -> Self:
-        """Rebuilds a data module from the arguments that a checkpoint holds.
+        """Rebuild a data module from the arguments that a checkpoint holds.
 
         The class is this one, or where this is a base the one of lk_backbones that the checkpoint names; its arguments
         are plain values, among them the folders it reads. The checkpoint builds nothing else and runs nothing.
@@ -119,7 +120,7 @@ class PictureDataModule(LightningDataModule):
 def saved_data(
     checkpoint: Mapping[str, Any], source: object, cls: type[DataT] | None = None
 ) -> tuple[type[DataT], dict[str, Any], str]:
-    """Finds the data module that a checkpoint describes, and checks its arguments.
+    """Find the data module that a checkpoint describes, and check its arguments.
 
     Args:
         checkpoint: Content of the checkpoint.
@@ -130,7 +131,7 @@ def saved_data(
         Class, constructor arguments, and what to call them in messages.
 
     Raises:
-        WeightsError: It describes none of our data modules, or holds what cannot be arguments of it.
+        WeightsError: If it describes none of our data modules, or holds what cannot be arguments of it.
     """
     from lk_backbones import data  # the classes in it derive from the one above
 
@@ -204,23 +205,23 @@ class ImageDataModule(PictureDataModule, ABC):
 
     @abstractmethod
     def load_classes(self) -> ClassTable:
-        """Returns the classes; called once, when they are first needed."""
+        """Return the classes; called once, when they are first needed."""
 
     @abstractmethod
     def make_dataset(self, split: Split) -> PictureDataset:
-        """Returns the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
+        """Return the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
 
         Raises:
-            FileNotFoundError: Folders or files are missing; the message names them.
+            FileNotFoundError: If folders or files are missing; the message names them.
         """
 
     @staticmethod
     @abstractmethod
     def collate(samples: list[Any]) -> Any:
-        """Makes a batch of samples."""
+        """Make a batch of samples."""
 
     def make_sampler(self, dataset: Any) -> TrainingSampler:
-        """Returns what orders the training samples."""
+        """Return what orders the training samples."""
         return TrainingSampler(dataset, self.seed)
 
     @property
@@ -260,11 +261,11 @@ class ImageDataModule(PictureDataModule, ABC):
     # --- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds the files of the splits that a stage needs, and checks them (once, on the first process).
+        """Find the files of the splits that a stage needs, and check them (once, on the first process).
 
         Raises:
-            FileNotFoundError: Folders or files are missing.
-            ValueError: Files are unusable. Both name the file or folder and say what would be right.
+            FileNotFoundError: If folders or files are missing.
+            ValueError: If files are unusable. Both name the file or folder and say what would be right.
         """
         splits: list[Split] = ["train"] if stage in ("fit", None) else []
         if stage in ("fit", "validate", None):
@@ -281,7 +282,7 @@ class ImageDataModule(PictureDataModule, ABC):
                 self._datasets[split] = dataset
 
     def dataset(self, split: Split) -> Any:
-        """Returns the data set of a split that `setup` has made.
+        """Return the data set of a split that `setup` has made.
 
         Raises:
             RuntimeError: `setup` was not called for it.
@@ -291,10 +292,10 @@ class ImageDataModule(PictureDataModule, ABC):
         return self._datasets[split]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Returns the loader of augmented samples; an incomplete last batch is left out.
+        """Return the loader of augmented samples; an incomplete last batch is left out.
 
         Raises:
-            ValueError: There are fewer training samples per process than ``batch_size``.
+            ValueError: If there are fewer training samples per process than ``batch_size``.
         """
         dataset = self.dataset("train")
         sampler = self.make_sampler(dataset)
@@ -317,13 +318,13 @@ class ImageDataModule(PictureDataModule, ABC):
         )
 
     def _loads_for_training_loop(self) -> bool:
-        """Returns whether the loader that is being made is the training loop's, which may go on within an epoch."""
+        """Return whether the loader that is being made is the training loop's, which may go on within an epoch."""
         trainer = self.trainer
         # Where the loop has its loader already, this one is for somebody else.
         return trainer is not None and bool(trainer.training) and trainer.train_dataloader is None
 
     def _batches_done(self) -> int:
-        """Returns how many batches of the epoch that begins were processed before a restart.
+        """Return how many batches of the epoch that begins were processed before a restart.
 
         To be asked when the epoch begins: where the task asks for the number of steps, Lightning makes the loader
         before it restores the checkpoint.
@@ -344,15 +345,15 @@ class ImageDataModule(PictureDataModule, ABC):
             )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Returns the loader of the validation split."""
+        """Return the loader of the validation split."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Returns the loader of the test split, or of the validation split where test labels are not public."""
+        """Return the loader of the test split, or of the validation split where test labels are not public."""
         return self._eval_loader(self.test_split)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the loader of the test split if there is one, else of the validation split."""
+        """Return the loader of the test split if there is one, else of the validation split."""
         return self._eval_loader(self.predict_split)
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
@@ -361,15 +362,15 @@ class ImageDataModule(PictureDataModule, ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the seed, and what an epoch was made up of."""
+        """Return what a checkpoint keeps: the seed, and what an epoch was made up of."""
         samples = len(self._datasets["train"]) if "train" in self._datasets else 0
         return {"seed": self.seed, "training_images": samples, "batch_size": self.batch_size, "processes": world()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the seed of a checkpoint, so that the run goes on as it began.
+        """Take over the seed of a checkpoint, so that the run goes on as it began.
 
         Raises:
-            WeightsError: The checkpoint holds something else.
+            WeightsError: If the checkpoint holds something else.
         """
         if not isinstance(state_dict, Mapping) or not fits(dict(state_dict), dict[str, int]):
             raise WeightsError(f"The checkpoint's state of {type(self).__name__} must be whole numbers by name.")
@@ -380,32 +381,32 @@ class ImageDataModule(PictureDataModule, ABC):
 
 
 def require_at_least(name: str, number: int, least: int) -> None:
-    """Checks a numeric argument.
+    """Check a numeric argument.
 
     Raises:
-        ValueError: It is smaller.
+        ValueError: If it is smaller.
     """
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
 
 
 def require_size(name: str, size: Sequence[int] | None) -> None:
-    """Checks an argument of two lengths in pixels, or None.
+    """Check an argument of two lengths in pixels, or None.
 
     Raises:
-        ValueError: It is not two positive numbers.
+        ValueError: If it is not two positive numbers.
     """
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"{name} must be two lengths in pixels, each at least 1, got {tuple(size)}.")
 
 
 def keep_hyperparameters(module: LightningDataModule) -> None:
-    """Keeps the constructor's arguments in checkpoints, so that a checkpoint knows what data it was trained on.
+    """Keep the constructor's arguments in checkpoints, so that a checkpoint knows what data it was trained on.
 
     Paths are kept as text: checkpoints are read without unpickling any other type. Loggers already get the task's.
 
     Raises:
-        ValueError: An argument is infinite or NaN.
+        ValueError: If an argument is infinite or NaN.
     """
     module.save_hyperparameters(logger=False)
     own = constructor_parameters(type(module), resolve=False)
@@ -417,6 +418,6 @@ def keep_hyperparameters(module: LightningDataModule) -> None:
 
 
 def default_num_workers() -> int:
-    """Returns the number of CPU cores for this process, at most 4."""
+    """Return the number of CPU cores for this process, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)

@@ -2,13 +2,13 @@
 
 A batch is torchvision's pair of lists, ``(images, targets)``:
 
-- images: float32 `(3, h, w)` each, RGB in [0, 1], not normalised (the detector normalises, resizes in evaluation, and
+- images: float32 ``(3, h, w)`` each, RGB in [0, 1], not normalised (the detector normalises, resizes in evaluation, and
   pads to a batch). In evaluation they have their original size.
-- targets: one dictionary per image with ``boxes`` float32 `(N, 4)`, corners ``x1, y1, x2, y2`` in pixels of the image;
-  ``labels`` int64 `(N,)` from 1 to ``num_classes``, as 0 is the background; ``masks`` uint8 `(N, h, w)` of 0 and 1, if
-  there are masks; ``area`` float32 `(N,)`, of the mask if there is one; ``iscrowd`` int64 `(N,)`, 1 where many objects
-  have one outline; ``image_id`` int; ``path``; ``original_size``, the tuple `(H, W)`. N may be 0. In a test or a
-  prediction a picture that cannot be read is a black one, and its target has the reason as ``error``.
+- targets: one dictionary per image with ``boxes`` float32 ``(N, 4)``, corners ``x1, y1, x2, y2`` in pixels of the
+  image; ``labels`` int64 ``(N,)`` from 1 to ``num_classes``, as 0 is the background; ``masks`` uint8 ``(N, h, w)`` of 0
+  and 1, if there are masks; ``area`` float32 ``(N,)``, of the mask if there is one; ``iscrowd`` int64 ``(N,)``, 1 where
+  many objects have one outline; ``image_id`` int; ``path``; ``original_size``, the tuple ``(H, W)``. N may be 0. In a
+  test or a prediction a picture that cannot be read is a black one, and its target has the reason as ``error``.
 
 Crowds are for the metrics only: a task leaves them out in training.
 """
@@ -43,11 +43,11 @@ class Objects:
     """The objects of a picture.
 
     Attributes:
-        boxes: float32 `(N, 4)`, corners in pixels.
-        labels: int64 `(N,)`, from 1.
-        iscrowd: int64 `(N,)`, 0 or 1.
-        area: float32 `(N,)`, in pixels.
-        masks: uint8 `(N, H, W)` of 0 and 1, or outlines that are not drawn yet, or None.
+        boxes: float32 ``(N, 4)``, corners in pixels.
+        labels: int64 ``(N,)``, from 1.
+        iscrowd: int64 ``(N,)``, 0 or 1.
+        area: float32 ``(N,)``, in pixels.
+        masks: uint8 ``(N, H, W)`` of 0 and 1, or outlines that are not drawn yet, or None.
     """
 
     boxes: np.ndarray
@@ -60,7 +60,7 @@ class Objects:
         return len(self.labels)
 
     def drawn(self) -> "Objects":
-        """Returns the same objects with masks of pixels."""
+        """Return the same objects with masks of pixels."""
         return replace(self, masks=self.masks.draw()) if isinstance(self.masks, Outlines) else self
 
 
@@ -84,31 +84,31 @@ class DetectionDataset(PictureDataset):
 
     @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, Objects]:
-        """Returns the picture, uint8 RGB `(H, W, 3)`, and its objects.
+        """Return the picture, uint8 RGB ``(H, W, 3)``, and its objects.
 
         Raises:
-            IndexError: There is no such sample.
-            ValueError: A file is unusable; the message names it.
+            IndexError: If there is no such sample.
+            ValueError: If a file is unusable; the message names it.
         """
 
     def read(self, index: int) -> tuple[np.ndarray, Objects]:
-        """Returns what `load` does, with masks that are not drawn yet where the data set has outlines."""
+        """Return what `load` does, with masks that are not drawn yet where the data set has outlines."""
         return self.load(index)
 
     def blank(self, index: int) -> tuple[np.ndarray, Objects]:
-        """Returns a black picture in the place of one that cannot be read, and its objects."""
+        """Return a black picture in the place of one that cannot be read, and its objects."""
         raise NotImplementedError
 
     @abstractmethod
     def image_id(self, index: int) -> int:
-        """Returns the number that results are reported under."""
+        """Return the number that results are reported under."""
 
     @abstractmethod
     def aspect_ratio(self, index: int) -> float:
-        """Returns width / height of a picture, without reading it."""
+        """Return width / height of a picture, without reading it."""
 
     def __getitem__(self, key: int | SampleKey) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Returns one picture and its target; with a `SampleKey` the augmentation is the one of that seed."""
+        """Return one picture and its target; with a `SampleKey` the augmentation is the one of that seed."""
         index = key.sample if isinstance(key, SampleKey) else key
         unreadable: UnreadablePicture | None = None
         try:
@@ -138,7 +138,7 @@ class DetectionDataset(PictureDataset):
         return image, target
 
     def _augmented(self, key: int | SampleKey, picture: np.ndarray, objects: Objects) -> tuple[torch.Tensor, Objects]:
-        """Augments; objects that are left outside, or without a pixel of their mask, are dropped."""
+        """Augment; objects that are left outside, or without a pixel of their mask, are dropped."""
         height, width = picture.shape[:2]
         boxes = objects.boxes.clip(0, [width, height, width, height])
         targets: dict[str, Any] = {"image": picture, "bboxes": boxes, "places": np.arange(len(objects))}
@@ -166,7 +166,7 @@ class DetectionDataset(PictureDataset):
 
 
 def collate(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Batch:
-    """Makes a batch: two lists, as pictures and numbers of objects differ in size."""
+    """Make a batch: two lists, as pictures and numbers of objects differ in size."""
     return [image for image, _ in samples], [target for _, target in samples]
 
 
@@ -234,10 +234,10 @@ class DetectionDataModule(ImageDataModule):
 
     @abstractmethod
     def make_dataset(self, split: Split) -> DetectionDataset:
-        """Returns the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
+        """Return the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
 
         Raises:
-            FileNotFoundError: Folders or files are missing; the message names them.
+            FileNotFoundError: If folders or files are missing; the message names them.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -267,14 +267,14 @@ class DetectionDataModule(ImageDataModule):
         return collate(samples)
 
     def make_sampler(self, dataset: DetectionDataset) -> TrainingSampler:
-        """Returns what orders the training samples."""
+        """Return what orders the training samples."""
         if not self.group_by_aspect:
             return super().make_sampler(dataset)
         upright = [int(dataset.aspect_ratio(index) < 1) for index in range(len(dataset))]
         return GroupedTrainingSampler(dataset, upright, self.batch_size, self.seed)
 
     def train_transform(self) -> A.Compose:
-        """Returns the training pipeline; override it to augment differently."""
+        """Return the training pipeline; override it to augment differently."""
         return detection_train_transform(
             self.sizes,
             self.max_size,
@@ -285,5 +285,5 @@ class DetectionDataModule(ImageDataModule):
         )
 
     def eval_transform(self) -> A.Compose:
-        """Returns the pipeline for validation, test and prediction, which takes ``image``."""
+        """Return the pipeline for validation, test and prediction, which takes ``image``."""
         return eval_transform()

@@ -4,9 +4,9 @@ The training pipeline is the one that the detectors on RepLKNet, SLaK and UniRep
 et al., 2020, arXiv 2005.12872, section 4.1): the short side is resized to one of 480 to 800 pixels, the long side stays
 within 1333; every other picture is cropped before.
 
-Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the detector
-normalises. Boxes are `(N, 4)` corners in pixels, masks uint8 `(N, H, W)`. Instead of masks the transforms take a
-``frame`` (see `lk_backbones.data.outlines`), by which masks can be drawn once, afterwards.
+Pictures enter as uint8 RGB ``(H, W, 3)`` and leave as float32 tensors ``(3, H, W)`` in [0, 1], not normalised: the
+detector normalises. Boxes are ``(N, 4)`` corners in pixels, masks uint8 ``(N, H, W)``. Instead of masks the transforms
+take a ``frame`` (see `lk_backbones.data.outlines`), by which masks can be drawn once, afterwards.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class _Framed(A.DualTransform):
         return {**super().targets, "frame": self.apply_to_frame}
 
     def apply_to_frame(self, frame: Frame, **params: Any) -> Frame:
-        """Returns the frame after the transform; ``params`` has the ``shape`` before it."""
+        """Return the frame after the transform; ``params`` has the ``shape`` before it."""
         raise NotImplementedError
 
 
@@ -43,12 +43,15 @@ class Mirror(_Framed, A.HorizontalFlip):
     """albumentations' ``HorizontalFlip``."""
 
     def apply_to_frame(self, frame: Frame, **params: Any) -> Frame:
-        """Mirrors the frame."""
+        """Mirror the frame."""
         return frame * [-1, -1, 1, 1] + [0, params["shape"][1], 0, 0]
 
 
+# Not torchvision's RandomShortestSize: it cuts sides to whole pixels where the published training rounds them, so that
+# half of all pictures of COCO's sizes come out a pixel smaller, it knows no frame, and it draws from torch's global
+# generator, which a resumed run could not repeat.
 class ResizeShortSide(_Framed, ResizeByRatio):
-    """Resizes the short side to one of some lengths, drawn at random, while the long side stays within a limit.
+    """Resize the short side to one of some lengths, drawn at random, while the long side stays within a limit.
 
     Args:
         sizes: Lengths of the short side in pixels.
@@ -62,7 +65,7 @@ class ResizeShortSide(_Framed, ResizeByRatio):
         self.max_size = max_size
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the short side and returns the new ``size``, ``(height, width)``."""
+        """Draw the short side and return the new ``size``, ``(height, width)``."""
         shape = params["shape"][:2]
         # min() as well as max(): a limit below the short side is one for both sides
         short = self.py_random.choice(self.sizes)
@@ -75,7 +78,7 @@ class ResizeShortSide(_Framed, ResizeByRatio):
 
 
 class RandomSizeCrop(_Framed, Crop):
-    """Crops a part whose height and width are each drawn at random: mmdetection's ``absolute_range``.
+    """Crop a part whose height and width are each drawn at random: mmdetection's ``absolute_range``.
 
     Args:
         size_range: Smallest and largest side of the crop in pixels. A picture's shorter side is kept whole.
@@ -87,7 +90,7 @@ class RandomSizeCrop(_Framed, Crop):
         self.size_range = size_range
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the crop and returns its ``box``, ``(top, bottom, left, right)``."""
+        """Draw the crop and return its ``box``, ``(top, bottom, left, right)``."""
         shape = params["shape"][:2]
         smallest, largest = self.size_range
         height, width = (self.py_random.randint(min(side, smallest), min(side, largest)) for side in shape)
@@ -96,7 +99,7 @@ class RandomSizeCrop(_Framed, Crop):
     def apply_to_frame(  # type: ignore[override]
         self, frame: Frame, box: tuple[int, int, int, int], **params: Any
     ) -> Frame:
-        """Moves the frame."""
+        """Move the frame."""
         return frame - [0, box[2], 0, box[0]]
 
 
@@ -108,7 +111,7 @@ def detection_train_transform(
     flip_probability: float = 0.5,
     color_jitter: bool = False,
 ) -> A.Compose:
-    """Builds the published training pipeline.
+    """Build the published training pipeline.
 
     Args:
         sizes: Lengths of the short side, one of which is drawn.
@@ -135,7 +138,7 @@ def detection_train_transform(
 
 
 def keeps_frame(pipeline: A.BaseCompose) -> bool:
-    """Says whether no transform of a pipeline moves pixels without telling where to."""
+    """Say whether no transform of a pipeline moves pixels without telling where to."""
     return all(
         keeps_frame(step) if isinstance(step, A.BaseCompose) else _keeps_frame(step) for step in pipeline.transforms
     )
@@ -146,7 +149,7 @@ def _keeps_frame(step: Any) -> bool:
 
 
 def box_pipeline(steps: list[A.BasicTransform]) -> A.Compose:
-    """Completes a pipeline that takes boxes: boxes of less than a pixel are dropped, the picture becomes a tensor."""
+    """Complete a pipeline that takes boxes: boxes of less than a pixel are dropped, the picture becomes a tensor."""
     return A.Compose(
         [*steps, A.ToFloat(max_value=255), ToTensorV2()],
         bbox_params=A.BboxParams(format="pascal_voc", label_fields=["places"], min_width=1, min_height=1, clip=True),

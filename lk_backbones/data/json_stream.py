@@ -17,7 +17,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonStream:
-    """Reads the one value of a JSON file: its members and elements one after the other, with the parser of `json`.
+    """Read the one value of a JSON file: its members and elements one after the other, with the parser of `json`.
 
     Args:
         file: The file, in UTF-8, with or without a mark of the byte order.
@@ -32,7 +32,7 @@ class JsonStream:
         self._before = 0  # characters of the file before the window
 
     def peek(self) -> str:
-        """Returns the next character that is no space, and goes there; empty at the end of the file."""
+        """Return the next character that is no space, and go there; empty at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None
@@ -43,10 +43,10 @@ class JsonStream:
                 return ""
 
     def value(self) -> Any:
-        """Returns the next value.
+        """Return the next value.
 
         Raises:
-            ValueError: It is not valid JSON.
+            ValueError: If it is not valid JSON.
         """
         self.peek()
         while True:
@@ -62,7 +62,7 @@ class JsonStream:
             return value
 
     def members(self) -> Iterator[str]:
-        """Gives the names in the object that comes; whoever takes a name reads its value."""
+        """Give the names in the object that comes; whoever takes a name reads its value."""
         self._take("{")
         while self.peek() != "}":
             name = self.value()
@@ -77,7 +77,7 @@ class JsonStream:
         self._take("}")
 
     def batches(self, size: int) -> Iterator[list[Any]]:
-        """Gives the elements of the list that comes, in lists of up to ``size``."""
+        """Give the elements of the list that comes, in lists of up to ``size``."""
         self._take("[")
         batch: list[Any] = []
         if self.peek() == "]":
@@ -112,10 +112,10 @@ class JsonStream:
         yield batch
 
     def end(self) -> None:
-        """Checks that nothing follows.
+        """Check that nothing follows.
 
         Raises:
-            ValueError: Something does.
+            ValueError: If something does.
         """
         if self.peek():
             raise ValueError(f"more text after the end of the value, at character {self._position}")
@@ -130,7 +130,7 @@ class JsonStream:
         self._at += 1
 
     def _more(self) -> bool:
-        """Moves the window on: what is not yet read stays, and at least as much again is read, if there is any."""
+        """Move the window on: what is not yet read stays, and at least as much again is read, if there is any."""
         rest = len(self._text) - self._at
         piece = self._file.read(max(_WINDOW, rest))
         text = self._decoder.decode(piece, final=not piece)

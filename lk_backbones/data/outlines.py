@@ -16,10 +16,10 @@ except ImportError:  # an optional dependency
 
 
 def require_mask_api() -> Any:
-    """Returns pycocotools' mask functions.
+    """Return pycocotools' mask functions.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: If it is not installed.
     """
     if mask_api is None:
         raise ModuleNotFoundError('Masks in COCO format need pycocotools: pip install "lk-backbones[detection]"')
@@ -32,7 +32,7 @@ Frame = np.ndarray
 
 
 def whole_frame() -> Frame:
-    """Returns the frame of a picture as it is."""
+    """Return the frame of a picture as it is."""
     return np.array([1.0, 0.0, 1.0, 0.0])
 
 
@@ -43,7 +43,7 @@ class Polygons:
     corners: Sequence[np.ndarray]
 
     def draw(self, mask: np.ndarray, frame: Frame, size: tuple[int, int]) -> None:
-        """Sets the object's pixels in a mask of zeros, uint8 `(height, width)`."""
+        """Set the object's pixels in a mask of zeros, uint8 ``(height, width)``."""
         api = require_mask_api()
         height, width = mask.shape
         if not self.corners or not mask.size:
@@ -67,7 +67,7 @@ class RunLengths:
     counts: np.ndarray
 
     def draw(self, mask: np.ndarray, frame: Frame, size: tuple[int, int]) -> None:
-        """Sets the object's pixels, of a picture of ``size``, in a mask of zeros, uint8 `(height, width)`."""
+        """Set the object's pixels, of a picture of ``size``, in a mask of zeros, uint8 ``(height, width)``."""
         pixels = np.repeat(np.arange(len(self.counts), dtype=np.uint8) & 1, self.counts).reshape(size[::-1]).T
         columns = _nearest(mask.shape[1], frame[0], frame[1], size[1])
         rows = _nearest(mask.shape[0], frame[2], frame[3], size[0])
@@ -85,7 +85,7 @@ MAX_OUTLINE = 4_000_000
 
 
 def outline_length(polygon: np.ndarray) -> float:
-    """Returns the length of an outline as drawing it counts: the larger of both distances, and one, at every corner."""
+    """Return the length of an outline as drawing it counts: the larger of both distances, and one, at every corner."""
     steps = np.abs(polygon - np.roll(polygon, 2))
     return float(np.maximum(steps[::2], steps[1::2]).sum() + len(polygon) // 2)
 
@@ -110,7 +110,7 @@ class Outlines:
     def draw(
         self, places: Sequence[int] | None = None, frame: Frame | None = None, size: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """Draws masks.
+        """Draw masks.
 
         Args:
             places: Which objects; None: all.
@@ -118,10 +118,10 @@ class Outlines:
             size: Height and width of the masks; None: those of the picture.
 
         Returns:
-            uint8 `(N, height, width)` of 0 and 1.
+            uint8 ``(N, height, width)`` of 0 and 1.
 
         Raises:
-            ValueError: One cannot be drawn; the message names it.
+            ValueError: If one cannot be drawn; the message names it.
         """
         places = range(len(self)) if places is None else places
         masks = np.zeros((len(places), *(size or self.size)), np.uint8)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from lk_backbones._processes import world
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.datamodule import (
@@ -18,7 +19,7 @@ from lk_backbones.data.datamodule import (
     require_size,
 )
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
-from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader, world
+from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
 from lk_backbones.weights.errors import WeightsError, shorten
@@ -40,14 +41,14 @@ class _Pictures(FileSegmentationDataset):
 
 
 def _collate_readable(samples: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Makes a batch of those that could be read, and tells the reasons of the others."""
+    """Make a batch of those that could be read, and tell the reasons of the others."""
     readable = [sample for sample in samples if "error" not in sample]
     errors = [sample["error"] for sample in samples if "error" in sample]
     return (collate(readable) if readable else None), errors
 
 
 class _SkippingLoader(DataLoader[Any]):
-    """Warns of pictures that cannot be read, and gives all others."""
+    """Warn of pictures that cannot be read, and give all others."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         given, skipped = 0, []
@@ -111,7 +112,7 @@ class PictureFolderDataModule(PictureDataModule):
         folder: str,
         **kwargs: Any,
     ) -> Self:
-        """Gives a folder's pictures as the evaluation of a checkpoint's data module gives its own.
+        """Give a folder's pictures as the evaluation of a checkpoint's data module gives its own.
 
         Args:
             checkpoint_path: Path, URL or file object.
@@ -131,10 +132,10 @@ class PictureFolderDataModule(PictureDataModule):
         return cls(folder, **(evaluation_arguments(checkpoint, checkpoint_path) | kwargs))
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds the pictures.
+        """Find the pictures.
 
         Raises:
-            FileNotFoundError: There is no such folder, or no picture in it.
+            FileNotFoundError: If there is no such folder, or no picture in it.
         """
         if self.folder.is_file():
             files = [self.folder]
@@ -153,7 +154,7 @@ class PictureFolderDataModule(PictureDataModule):
             self._dataset.scaled_transforms = [eval_transform(self.test_size, scale) for scale in scales]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Returns the loader of all pictures."""
+        """Return the loader of all pictures."""
         if self._dataset is None:
             raise RuntimeError("The pictures are not set up: call setup() first (a Trainer does).")
         return evaluation_loader(
@@ -162,14 +163,14 @@ class PictureFolderDataModule(PictureDataModule):
 
 
 def evaluation_arguments(checkpoint: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Returns the arguments of `PictureFolderDataModule` that repeat the evaluation of a checkpoint's data.
+    """Return the arguments of `PictureFolderDataModule` that repeat the evaluation of a checkpoint's data.
 
     Args:
         checkpoint: Content of the checkpoint.
         source: Its name, for messages.
 
     Raises:
-        WeightsError: What it says of its evaluation is no size.
+        WeightsError: If what it says of its evaluation is no size.
     """
     data = checkpoint.get("datamodule_hyper_parameters")
     size = data.get("test_size") if isinstance(data, Mapping) else None

@@ -30,7 +30,7 @@ _PLAIN_CHUNKS = frozenset(b"IHDR IDAT IEND pHYs tIME gAMA cHRM sRGB iCCP tEXt zT
 
 
 def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
-    """Returns a sorting key that puts ``frame2`` before ``frame10``, folder by folder, without regard to case."""
+    """Return a sorting key that puts ``frame2`` before ``frame10``, folder by folder, without regard to case."""
     key: list[tuple[int, int, str]] = []
     for part in Path(path).parts:
         for piece in re.split(r"(\d+)", part.lower()):
@@ -41,7 +41,7 @@ def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
 
 
 def find_files(folder: Path, extensions: Iterable[str]) -> list[Path]:
-    """Returns all files below ``folder`` with one of the extensions, natural order; hidden ones are left out."""
+    """Return all files below ``folder`` with one of the extensions, natural order; hidden ones are left out."""
     wanted = tuple(extensions)
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -51,10 +51,10 @@ def find_files(folder: Path, extensions: Iterable[str]) -> list[Path]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Returns ``(height, width)`` as displayed, from the header alone.
+    """Return ``(height, width)`` as displayed, from the header alone.
 
     Raises:
-        ValueError: The file is no picture.
+        ValueError: If the file is no picture.
     """
     try:
         with Image.open(path) as image:
@@ -68,7 +68,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path, turn: bool = True) -> np.ndarray:
-    """Reads a picture as RGB, turned as its EXIF orientation says.
+    """Read a picture as RGB, turned as its EXIF orientation says.
 
     Greyscale is repeated in three channels, palettes are resolved, CMYK is converted, transparency is dropped. Of
     16-bit pictures the upper eight bits are kept. Floating-point pictures must have values in [0, 1].
@@ -78,11 +78,11 @@ def read_image(path: Path, turn: bool = True) -> np.ndarray:
         turn: False leaves the picture as it is stored, whatever its EXIF orientation.
 
     Returns:
-        uint8 array `(H, W, 3)`, values 0 to 255.
+        uint8 array ``(H, W, 3)``, values 0 to 255.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is corrupt, cut off or no picture.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt, cut off or no picture.
     """
     try:
         plain = _read_plain_png(path)
@@ -106,13 +106,13 @@ def read_image(path: Path, turn: bool = True) -> np.ndarray:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Turns a picture as its EXIF orientation says; one that is upright is not copied."""
+    """Turn a picture as its EXIF orientation says; one that is upright is not copied."""
     upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
     return image if upright else ImageOps.exif_transpose(image)
 
 
 def _read_plain_png(path: Path, grey: bool = False) -> np.ndarray | None:
-    """Reads a PNG file of the usual kind with OpenCV, which takes three quarters of Pillow's time.
+    """Read a PNG file of the usual kind with OpenCV, which takes three quarters of Pillow's time.
 
     Usual are 8 bits of grey or RGB, without transparency and orientation, and without damage: OpenCV takes some damaged
     files for whole ones, and says nothing of what is wrong with others.
@@ -122,7 +122,7 @@ def _read_plain_png(path: Path, grey: bool = False) -> np.ndarray | None:
         grey: Read only grey ones.
 
     Returns:
-        uint8 array, grey `(H, W)` or RGB `(H, W, 3)`; None leaves the file to Pillow.
+        uint8 array, grey ``(H, W)`` or RGB ``(H, W, 3)``; None leaves the file to Pillow.
     """
     with open(path, "rb") as file:
         header = file.read(33)
@@ -183,14 +183,14 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads a label map: one channel of ids (8-bit, 16-bit, palette or black-and-white).
+    """Read a label map: one channel of ids (8-bit, 16-bit, palette or black-and-white).
 
     Returns:
-        Integer array `(H, W)` of the values in the file.
+        Integer array ``(H, W)`` of the values in the file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is corrupt, or is a colour picture and not a label map.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt, or is a colour picture and not a label map.
     """
     try:
         plain = _read_plain_png(path, grey=True)
@@ -227,19 +227,19 @@ def _conversion_hint(pixels: np.ndarray) -> str:
 
 
 def labels_to_classes(path: Path, labels: np.ndarray, table: ClassTable, lookup: np.ndarray) -> np.ndarray:
-    """Maps the values of a label file to class indices.
+    """Map the values of a label file to class indices.
 
     Args:
         path: The file, for messages.
-        labels: Integer array `(H, W)`, the values in the file.
+        labels: Integer array ``(H, W)``, the values in the file.
         table: The data set's classes.
         lookup: ``table.lookup()``, made once by the caller.
 
     Returns:
-        uint8 array `(H, W)`: class index or 255.
+        uint8 array ``(H, W)``: class index or 255.
 
     Raises:
-        ValueError: A value belongs to no class.
+        ValueError: If a value belongs to no class.
     """
     if labels.dtype == np.uint8:  # by far the most common, and the tables of OpenCV are much faster than NumPy's
         table_of_bytes = lookup[:256]

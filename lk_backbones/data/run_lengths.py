@@ -9,7 +9,7 @@ _MAX_CHARACTERS = 7
 
 
 def decompress(texts: Sequence[str]) -> list[np.ndarray]:
-    """Decodes COCO's compressed run lengths.
+    """Decode COCO's compressed run lengths.
 
     A number is written in groups of five bits, the lowest first, each a character from ``0`` on; the bit of 32 says
     that another group follows, that of 16 in the last one is the sign. From the fourth number on it is the difference
@@ -22,7 +22,7 @@ def decompress(texts: Sequence[str]) -> list[np.ndarray]:
         int64 run lengths of every mask.
 
     Raises:
-        ValueError: A text is empty, has other characters, is cut off, or a run length is negative or too large.
+        ValueError: If a text is empty, has other characters, is cut off, or a run length is negative or too large.
     """
     if not texts:
         return []

@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lk_backbones._processes import world
 
 
 class SampleKey(NamedTuple):
@@ -26,12 +27,12 @@ class SampleKey(NamedTuple):
 
 
 def derive_seed(*numbers: int) -> int:
-    """Returns a 64-bit seed that depends on all of the numbers (0 or more), well mixed."""
+    """Return a 64-bit seed that depends on all of the numbers (0 or more), well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class TrainingSampler(DistributedSampler[Any]):
-    """Shuffles the training samples and gives each an augmentation seed, with or without a process group.
+    """Shuffle the training samples and give each an augmentation seed, with or without a process group.
 
     It is a ``DistributedSampler``, so Lightning leaves it in place and tells it the epoch.
 
@@ -52,7 +53,7 @@ class TrainingSampler(DistributedSampler[Any]):
         self.is_announced = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch; a Trainer does so before each."""
+        """Set the epoch; a Trainer does so before each."""
         super().set_epoch(epoch)
         self.is_announced = True
 
@@ -60,7 +61,7 @@ class TrainingSampler(DistributedSampler[Any]):
         return islice(self.order(), self.start, None)
 
     def order(self) -> Iterator[SampleKey]:
-        """Gives all samples of this process in the order of the epoch."""
+        """Give all samples of this process in the order of the epoch."""
         epoch = self.epoch
         for number, index in enumerate(super().__iter__()):
             # Counted over all processes, so two of them with batch size 4 see what one with batch size 8 sees.
@@ -87,7 +88,7 @@ class GroupedTrainingSampler(TrainingSampler):
         self.batch_size = batch_size
 
     def order(self) -> Iterator[SampleKey]:
-        """Gives the samples of this process batch by batch."""
+        """Give the samples of this process batch by batch."""
         waiting: dict[int, list[SampleKey]] = {}
         for key in super().order():
             batch = waiting.setdefault(self.groups[key.sample], [])
@@ -127,11 +128,11 @@ class TrainingLoader(DataLoader[Any]):
 
     # Lightning warns of resuming within an epoch unless a loader has these two.
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty state: the position follows from the progress that Lightning keeps itself."""
+        """Return an empty state: the position follows from the progress that Lightning keeps itself."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing; see `state_dict`."""
+        """Do nothing; see `state_dict`."""
 
 
 def evaluation_loader(
@@ -142,13 +143,13 @@ def evaluation_loader(
     collate_fn: Callable[[list[Any]], Any],
     loader: type[DataLoader[Any]] = DataLoader,
 ) -> DataLoader[Any]:
-    """Builds a loader that gives every sample once, in order, over all processes together.
+    """Build a loader that gives every sample once, in order, over all processes together.
 
     The samplers that Lightning adds under DDP repeat samples until all processes have equally many, which falsifies
     metrics; with this one two processes get exactly the metrics of one.
 
     Raises:
-        ValueError: There are fewer samples than processes.
+        ValueError: If there are fewer samples than processes.
     """
     replicas, rank = world()
     sampler = None
@@ -173,7 +174,7 @@ def evaluation_loader(
 
 
 def init_worker(worker_id: int) -> None:
-    """Prepares a loading process.
+    """Prepare a loading process.
 
     OpenCV stays on one thread, as the workers are the parallelism. The first SIGTERM is ignored: cluster managers and
     ``timeout`` send it to all processes of a run at once, and the main process, which may want to save, ends its
@@ -181,13 +182,6 @@ def init_worker(worker_id: int) -> None:
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def world() -> tuple[int, int]:
-    """Returns (number of processes, rank of this one)."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size(), distributed.get_rank()
-    return 1, 0
 
 
 def default_pin_memory() -> bool:

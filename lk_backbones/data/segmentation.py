@@ -2,12 +2,12 @@
 
 A batch is a dictionary:
 
-- ``image``: float32 `(N, 3, h, w)`, RGB in [0, 1], not normalised (the task normalises).
-- ``mask``: int64 `(N, H, W)`, class index or 255 (ignored). In training `(h, w) == (H, W)`; in evaluation `(H, W)` is
-  the original size, which differs from `(h, w)` if ``test_size`` resizes pictures.
+- ``image``: float32 ``(N, 3, h, w)``, RGB in [0, 1], not normalised (the task normalises).
+- ``mask``: int64 ``(N, H, W)``, class index or 255 (ignored). In training ``(h, w) == (H, W)``; in evaluation
+  ``(H, W)`` is the original size, which differs from ``(h, w)`` if ``test_size`` resizes pictures.
 - ``path``: list of the N picture files (or names, where pictures are made up).
-- ``original_size``: list of N tuples `(H, W)`; in evaluation only.
-- ``scaled``: for test-time augmentation over scales, a list of uint8 `(N, 3, h, w)`, the original pictures at every
+- ``original_size``: list of N tuples ``(H, W)``; in evaluation only.
+- ``scaled``: for test-time augmentation over scales, a list of uint8 ``(N, 3, h, w)``, the original pictures at every
   scale of the test size; see `SegmentationDataModule.set_test_scales`.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import albumentations as A
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from lk_backbones.data.checks import check_sizes, for_all, require_same_size
 from lk_backbones.data.classes import IGNORE_INDEX, ClassTable
@@ -32,7 +33,7 @@ from lk_backbones.data.datamodule import (
 )
 from lk_backbones.data.reading import labels_to_classes, read_image, read_labels
 from lk_backbones.data.sampling import SampleKey
-from lk_backbones.data.transforms import IMAGENET_MEAN, eval_transform, train_transform
+from lk_backbones.data.transforms import eval_transform, train_transform
 
 __all__ = ["FileSegmentationDataset", "SegmentationDataModule", "SegmentationDataset", "Split", "collate"]
 
@@ -51,15 +52,15 @@ class SegmentationDataset(PictureDataset):
 
     @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the picture, uint8 RGB `(H, W, 3)`, and the class indices, uint8 `(H, W)`, or None without labels.
+        """Return the picture, uint8 RGB ``(H, W, 3)``, and the class indices, uint8 ``(H, W)``, or None without labels.
 
         Raises:
-            IndexError: There is no such sample.
-            ValueError: A file is unusable; the message names it.
+            IndexError: If there is no such sample.
+            ValueError: If a file is unusable; the message names it.
         """
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        """Returns one sample; with a `SampleKey` the augmentation is the one of that seed."""
+        """Return one sample; with a `SampleKey` the augmentation is the one of that seed."""
         index = key.sample if isinstance(key, SampleKey) else key
         image, mask = self.load(index)
         if not self.training:
@@ -115,10 +116,10 @@ class FileSegmentationDataset(SegmentationDataset):
         return str(self.images[index])
 
     def check(self, level: CheckLevel) -> None:
-        """Looks at all files: ``"headers"`` at their sizes, ``"full"`` at every pixel, ``"auto"`` depends on how many.
+        """Look at all files: ``"headers"`` at their sizes, ``"full"`` at every pixel, ``"auto"`` depends on how many.
 
         Raises:
-            ValueError: A file is unusable; the message names it.
+            ValueError: If a file is unusable; the message names it.
         """
         if level == "off":
             return
@@ -129,10 +130,10 @@ class FileSegmentationDataset(SegmentationDataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch: stacks ``image``, ``mask`` and every scale of ``scaled``, makes lists of the rest.
+    """Make a batch: stack ``image``, ``mask`` and every scale of ``scaled``, make lists of the rest.
 
     Raises:
-        ValueError: The pictures have different sizes.
+        ValueError: If the pictures have different sizes.
     """
 
     def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -195,7 +196,7 @@ class SegmentationDataModule(ImageDataModule):
         base_size: tuple[int, int] | None = None,
         cat_max_ratio: float = 0.75,
         test_size: tuple[int, int] | None = None,
-        image_fill: tuple[float, float, float] = IMAGENET_MEAN,
+        image_fill: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         seed: int | None = None,
         check_files: CheckLevel = "auto",
         pin_memory: bool | None = None,
@@ -222,10 +223,10 @@ class SegmentationDataModule(ImageDataModule):
 
     @abstractmethod
     def make_dataset(self, split: Split) -> SegmentationDataset:
-        """Returns the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
+        """Return the data set of a split: augmented for ``"train"``, whole pictures for ``"val"`` and ``"test"``.
 
         Raises:
-            FileNotFoundError: Folders or files are missing; the message names them.
+            FileNotFoundError: If folders or files are missing; the message names them.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -234,7 +235,7 @@ class SegmentationDataModule(ImageDataModule):
         self.set_test_scales(self._test_scales)
 
     def set_test_scales(self, scales: Sequence[float]) -> None:
-        """Has the evaluation loaders give, beside every picture, copies for test-time augmentation.
+        """Have the evaluation loaders give, beside every picture, copies for test-time augmentation.
 
         Every copy is made from the original picture, as in the published multi-scale results: scaling what
         ``test_size`` has resized would blur it. A task asks for them in its own ``setup``.
@@ -253,13 +254,13 @@ class SegmentationDataModule(ImageDataModule):
         return collate(samples)
 
     def train_transform(self) -> A.Compose:
-        """Returns the training pipeline, which takes ``image`` and ``mask``; override it to augment differently."""
+        """Return the training pipeline, which takes ``image`` and ``mask``; override it to augment differently."""
         return train_transform(
             self.crop_size, self.scale_range, self.base_size, self.cat_max_ratio, self.image_fill, self.ignore_index
         )
 
     def eval_transform(self, scale: float | None = None) -> A.Compose:
-        """Returns the pipeline for validation, test and prediction, which takes ``image``.
+        """Return the pipeline for validation, test and prediction, which takes ``image``.
 
         Args:
             scale: For a copy of test-time augmentation, its scale; see

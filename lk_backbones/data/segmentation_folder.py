@@ -67,7 +67,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         self.mask_suffix = mask_suffix
 
     def load_classes(self) -> ClassTable:
-        """Reads the classes file."""
+        """Read the classes file."""
         if self.classes_file is not None:
             path = Path(self.classes_file)
         else:

@@ -4,8 +4,8 @@ The training pipeline is the one of mmsegmentation, with which the published num
 were made: resize by a random ratio, crop with at most 75 % of one class, flip, distort colours, pad. It differs in one
 point: see `photometric_distortion`.
 
-Pictures enter as uint8 RGB `(H, W, 3)` and leave as float32 tensors `(3, H, W)` in [0, 1], not normalised: the task
-normalises. Masks are uint8 class indices `(H, W)`, 255 where there is none.
+Pictures enter as uint8 RGB ``(H, W, 3)`` and leave as float32 tensors ``(3, H, W)`` in [0, 1], not normalised: the task
+normalises. Masks are uint8 class indices ``(H, W)``, 255 where there is none.
 """
 
 from typing import Any
@@ -16,15 +16,13 @@ import numpy as np
 from albumentations.core.transforms_interface import DualTransform, ImageOnlyTransform
 from albumentations.core.type_definitions import Targets
 from albumentations.pytorch import ToTensorV2
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from lk_backbones.data.classes import IGNORE_INDEX
 
-#: Mean colour of ImageNet, RGB in [0, 1]. Padding with it is 0 after the usual normalisation.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
 
 class ResizeByRatio(DualTransform):
-    """Resizes by a random ratio, keeping the shape: mmsegmentation's ``Resize(ratio_range=..., keep_ratio=True)``.
+    """Resize by a random ratio, keeping the shape: mmsegmentation's ``Resize(ratio_range=..., keep_ratio=True)``.
 
     Args:
         ratio_range: Smallest and largest ratio, drawn uniformly.
@@ -43,7 +41,7 @@ class ResizeByRatio(DualTransform):
         self.base_size = base_size
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the ratio and returns the new ``size``, ``(height, width)``."""
+        """Draw the ratio and return the new ``size``, ``(height, width)``."""
         height, width = params["shape"][:2]
         scale = self.py_random.uniform(*self.ratio_range)
         if self.base_size is not None:
@@ -51,25 +49,25 @@ class ResizeByRatio(DualTransform):
         return {"size": scaled_size((height, width), scale)}
 
     def apply(self, img: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
-        """Resizes the picture, bilinear."""
+        """Resize the picture, bilinear."""
         return _resize(img, size, cv2.INTER_LINEAR)
 
     def apply_to_mask(self, mask: np.ndarray, size: tuple[int, int], **params: Any) -> np.ndarray:
-        """Resizes the mask, nearest neighbour."""
+        """Resize the mask, nearest neighbour."""
         return _resize(mask, size, cv2.INTER_NEAREST)
 
     def apply_to_bboxes(self, bboxes: np.ndarray, **params: Any) -> np.ndarray:
-        """Leaves the boxes as they are: albumentations measures them in widths and heights of the picture."""
+        """Leave the boxes as they are: albumentations measures them in widths and heights of the picture."""
         return bboxes
 
 
 def ratio_to_fit(shape: tuple[int, int], size: tuple[int, int]) -> float:
-    """Returns the largest ratio at which a picture's long and short side stay within those of ``size``."""
+    """Return the largest ratio at which a picture's long and short side stay within those of ``size``."""
     return min(max(size) / max(shape), min(size) / min(shape))
 
 
 def scaled_size(shape: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Returns height and width of a picture at a scale, rounded, at least 1."""
+    """Return height and width of a picture at a scale, rounded, at least 1."""
     return max(1, int(shape[0] * scale + 0.5)), max(1, int(shape[1] * scale + 0.5))
 
 
@@ -80,7 +78,7 @@ def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.
 
 
 class ResizeForTest(ImageOnlyTransform):
-    """Resizes a picture to a scale of its test size, keeping the shape: mmsegmentation's ``MultiScaleFlipAug``.
+    """Resize a picture to a scale of its test size, keeping the shape: mmsegmentation's ``MultiScaleFlipAug``.
 
     Args:
         test_size: ``(long side, short side)`` in pixels at scale 1. None: the picture's own size.
@@ -93,12 +91,12 @@ class ResizeForTest(ImageOnlyTransform):
         self.scale = scale
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        """Resizes the picture, bilinear."""
+        """Resize the picture, bilinear."""
         return _resize(img, size_for_test((img.shape[0], img.shape[1]), self.test_size, self.scale), cv2.INTER_LINEAR)
 
 
 def size_for_test(shape: tuple[int, int], test_size: tuple[int, int] | None, scale: float) -> tuple[int, int]:
-    """Returns height and width of a picture at a scale of its test size, rounded as mmsegmentation does.
+    """Return height and width of a picture at a scale of its test size, rounded as mmsegmentation does.
 
     The sides of ``test_size`` times the scale are cut to whole pixels, and the picture is made as large as fits in.
     """
@@ -112,21 +110,21 @@ class Crop(DualTransform):
     _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)
 
     def draw(self, shape: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns a random box; a side of the picture that is shorter than the crop is kept whole."""
+        """Return a random box; a side of the picture that is shorter than the crop is kept whole."""
         top = self.py_random.randint(0, max(shape[0] - height, 0))
         left = self.py_random.randint(0, max(shape[1] - width, 0))
         return top, min(top + height, shape[0]), left, min(left + width, shape[1])
 
     def apply(self, img: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Cuts the box out of the picture."""
+        """Cut the box out of the picture."""
         return img[box[0] : box[1], box[2] : box[3]]
 
     def apply_to_mask(self, mask: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Cuts the box out of the mask."""
+        """Cut the box out of the mask."""
         return mask[box[0] : box[1], box[2] : box[3]]
 
     def apply_to_bboxes(self, bboxes: np.ndarray, box: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Moves the boxes; albumentations clips and drops those that stick out."""
+        """Move the boxes; albumentations clips and drops those that stick out."""
         top, bottom, left, right = box
         height, width = params["shape"][:2]
         moved = bboxes.copy()
@@ -136,7 +134,7 @@ class Crop(DualTransform):
 
 
 class RandomCropMaxRatio(Crop):
-    """Crops at random so that no class covers too much: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
+    """Crop at random so that no class covers too much: mmsegmentation's ``RandomCrop(cat_max_ratio=...)``.
 
     A crop is drawn again, up to ten times, when one class covers ``cat_max_ratio`` of its labelled pixels or more, or
     when it holds fewer than two classes; the last draw is taken in any case. Ignored pixels are not counted. A side of
@@ -172,7 +170,7 @@ class RandomCropMaxRatio(Crop):
         return ["mask"]
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the crop and returns its ``box``, ``(top, bottom, left, right)``."""
+        """Draw the crop and return its ``box``, ``(top, bottom, left, right)``."""
         mask = data["mask"]
         box = self.draw(mask.shape[:2], self.height, self.width)
         if self.cat_max_ratio < 1:
@@ -189,14 +187,14 @@ class RandomCropMaxRatio(Crop):
 
 
 class PadToCrop(A.PadIfNeeded):
-    """Pads what is smaller than the crop; what is as large is not copied, as albumentations would."""
+    """Pad what is smaller than the crop; what is as large is not copied, as albumentations would."""
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        """Pads the picture."""
+        """Pad the picture."""
         return super().apply(img, **params) if _is_padded(params) else img
 
     def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:
-        """Pads the mask."""
+        """Pad the mask."""
         return super().apply_to_mask(mask, **params) if _is_padded(params) else mask
 
 
@@ -205,7 +203,7 @@ def _is_padded(params: dict[str, Any]) -> bool:
 
 
 def photometric_distortion() -> list[A.BasicTransform]:
-    """Returns mmsegmentation's ``PhotoMetricDistortion`` with its default strengths, composed from albumentations.
+    """Return mmsegmentation's ``PhotoMetricDistortion`` with its default strengths, composed from albumentations.
 
     Each with probability 1/2: brightness (add up to ±32 of 255), contrast (multiply by 0.5 to 1.5), saturation
     (multiply by 0.5 to 1.5), hue (turn by up to ±18 of 180 steps); contrast comes before saturation and hue or after
@@ -234,17 +232,18 @@ def train_transform(
     scale_range: tuple[float, float] = (0.5, 2.0),
     base_size: tuple[int, int] | None = None,
     cat_max_ratio: float = 0.75,
-    image_fill: tuple[float, float, float] = IMAGENET_MEAN,
+    image_fill: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
     ignore_index: int = IGNORE_INDEX,
 ) -> A.Compose:
-    """Builds the published training pipeline.
+    """Build the published training pipeline.
 
     Args:
         crop_size: ``(height, width)`` of the result.
         scale_range: Smallest and largest random ratio.
         base_size: ``(long side, short side)`` that a picture is fitted into at ratio 1; None: its own size.
         cat_max_ratio: Largest share of one class in a crop.
-        image_fill: Colour of the padding right of and below pictures smaller than the crop, RGB in [0, 1].
+        image_fill: Colour of the padding right of and below pictures smaller than the crop, RGB in [0, 1]. The mean
+            colour of ImageNet is 0 after the usual normalisation.
         ignore_index: Mask value of the padding and of pixels without a class.
 
     Returns:
@@ -265,13 +264,14 @@ def train_transform(
 
 
 def eval_transform(test_size: tuple[int, int] | None = None, scale: float | None = None) -> A.Compose:
-    """Builds the pipeline for validation, test and prediction; it takes ``image`` only, as masks are never resized.
+    """Build the pipeline for validation, test and prediction; it takes ``image`` only, as masks are never resized.
 
     Args:
         test_size: ``(long side, short side)`` that pictures are scaled to fit into, keeping their shape, e.g.
             (2048, 512) for ADE20K. None: no resizing.
-        scale: Makes a copy for test-time augmentation: of this scale of the test size, and a uint8 tensor `(3, H, W)`,
-            as a dozen copies in float32 would fill the memory that loading processes share. None: no such copy.
+        scale: Makes a copy for test-time augmentation: of this scale of the test size, and a uint8 tensor
+            ``(3, H, W)``, as a dozen copies in float32 would fill the memory that loading processes share. None: no
+            such copy.
     """
     if scale is not None:
         return A.Compose([ResizeForTest(test_size, scale), ToTensorV2()])

@@ -1,6 +1,5 @@
 """Pictures of results: coloured label maps, boxes and masks with names, panels with a legend."""
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_segmentation_masks
 
 from lk_backbones._files import write_atomically
+from lk_backbones.drawing.palette import Color
 
 __all__ = [
-    "Color",
-    "default_colors",
     "draw_objects",
     "draw_panels",
     "fit_size",
@@ -23,20 +21,9 @@ __all__ = [
     "to_rgb",
 ]
 
-Color = tuple[int, int, int]
-
 BACKGROUND, INK, FAINT = (255, 255, 255), (32, 33, 36), (218, 220, 224)
 MARGIN, LINE, FONT_SIZE, NAME_SIZE = 12, 22, 15, 11
 MAX_LEGEND = 30
-
-
-def default_colors(num_classes: int) -> list[Color]:
-    """Well separated colours for classes that came without: hues by the golden ratio, in three brightnesses."""
-    colors = []
-    for i in range(num_classes):
-        r, g, b = colorsys.hsv_to_rgb((0.02 + i * 0.618034) % 1, (0.75, 0.55, 0.9)[i % 3], (0.95, 0.75, 0.6)[i % 3])
-        colors.append((round(255 * r), round(255 * g), round(255 * b)))
-    return colors
 
 
 def to_rgb(image: torch.Tensor) -> Image.Image:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from lk_backbones.drawing.canvas import (
-    Color,
     draw_objects,
     draw_panels,
     fit_size,
@@ -16,6 +16,7 @@ from lk_backbones.drawing.canvas import (
     overlay,
     to_rgb,
 )
+from lk_backbones.drawing.palette import Color
 from lk_backbones.metrics.masks import decode_masks
 
 __all__ = ["DetectionFigures", "Figures", "SegmentationFigures"]
@@ -78,7 +79,11 @@ class SegmentationFigures(Figures):
         is_class = (labels >= 0) & (labels < len(names))
         counts = torch.bincount(labels[is_class], minlength=len(names))
         order = [c for c in counts.argsort(descending=True).tolist() if counts[c]]
-        ious = _ious(maps["Truth"], maps["Prediction"], len(names)) if "Truth" in maps else None
+        ious: list[float] | None = None
+        if "Truth" in maps:
+            counted = (maps["Truth"] >= 0) & (maps["Truth"] < len(names))
+            truth, prediction = (maps[title][counted].cpu().long() for title in ("Truth", "Prediction"))
+            ious = multiclass_jaccard_index(prediction, truth, len(names), "none", validate_args=False).tolist()
         legend = [(names[c] if ious is None else f"{names[c]}  {100 * ious[c]:.0f} %", colors[c]) for c in order]
         # first, so that it is not cut off a long legend
         entries: list[tuple[str, Any]] = [*legend] if is_class.all() else [("ignored", None), *legend]
@@ -157,11 +162,3 @@ class DetectionFigures(Figures):
 def _enlarged(image: torch.Tensor) -> Image.Image:
     height, width = image.shape[1:]
     return to_rgb(image).resize(fit_size((width, height)), Image.Resampling.BICUBIC)
-
-
-def _ious(truth: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> list[float]:
-    counted = (truth >= 0) & (truth < num_classes)
-    pairs = truth[counted].cpu().long() * num_classes + prediction[counted].cpu().long()
-    matrix = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes).double()
-    hits = matrix.diagonal()
-    return (hits / (matrix.sum(0) + matrix.sum(1) - hits).clamp(min=1)).tolist()

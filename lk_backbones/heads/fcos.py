@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import detection
 from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
 from lk_backbones._private.torchvision import BoxLinearCoder
+from lk_backbones._processes import mean_over_processes
 from lk_backbones.heads.protocol import Detector, to_full_precision
 from lk_backbones.heads.pyramid import EncoderPyramid
 from lk_backbones.heads.regions import PyramidAnchorGenerator
@@ -131,11 +131,11 @@ class FCOSHead(nn.Module):
         truth = _distances(centres, torch.cat(boxes).to(centres.dtype))
         horizontal, vertical = truth[:, 0::2], truth[:, 1::2]
         centerness = (horizontal.amin(-1) / horizontal.amax(-1) * vertical.amin(-1) / vertical.amax(-1)).sqrt()
-        count = _mean_over_processes(positive.sum(dtype=logits.dtype)).clamp(min=1)
+        count = mean_over_processes(positive.sum(dtype=logits.dtype)).clamp(min=1)
         box_losses = iou_loss(head_outputs["bbox_regression"][positive], truth)
         return {
             "classification": sigmoid_focal_loss(logits, one_hot, reduction="sum") / count,
-            "bbox_regression": (box_losses * centerness).sum() / _mean_over_processes(centerness.sum()).clamp(min=1e-6),
+            "bbox_regression": (box_losses * centerness).sum() / mean_over_processes(centerness.sum()).clamp(min=1e-6),
             "bbox_ctrness": F.binary_cross_entropy_with_logits(
                 head_outputs["bbox_ctrness"][positive][:, 0], centerness, reduction="sum"
             )
@@ -307,11 +307,3 @@ def _centres(boxes: torch.Tensor) -> torch.Tensor:
 def _distances(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Distances from points ``(..., 2)`` to the left, upper, right and lower edge of boxes ``(..., 4)``."""
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
-
-
-def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    if dist.is_available() and dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value

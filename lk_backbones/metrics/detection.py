@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
 from lk_backbones._private.torchmetrics import GathersItself
+from lk_backbones._processes import gathered
 from lk_backbones.metrics.masks import Rle, encode_masks, require_coco_tools
 
 __all__ = ["METRIC_NAMES", "DetectionMetrics"]
@@ -141,9 +141,7 @@ class DetectionMetrics(GathersItself, MeanAveragePrecision):
     def gather(self, process_group: Any) -> None:
         """Gather what all processes have collected; they may have different numbers of pictures."""
         records = [block[: _used(block)].clone() for block in self.records]
-        gathered: list[Any] = [None] * distributed.get_world_size(process_group)
-        distributed.all_gather_object(gathered, records, group=process_group)
-        self.records = [block for part in gathered for block in part]
+        self.records = [block for part in gathered(records, process_group) for block in part]
 
 
 # --- what is kept of a picture --------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN 
 COPY_COST = 30.0  # per value that changes its memory format
 
 
-def plan(
+def choose_paths(
     shape: tuple[int, int, int, int],
     kernel_size: tuple[int, int],
     dtype: torch.dtype,
@@ -80,7 +80,7 @@ def plan(
     )
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
     """Depthwise convolution with stride 1 and the map's size kept.
 
     Args:
@@ -92,22 +92,22 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Te
     Returns:
         ``(N, C, H, W)`` in whichever memory format the path ends in.
     """
-    return _fft.forward(nchw(input), weight, bias) if path == "fft" else _convolve(input, weight, bias)
+    return _fft.convolve(nchw(input), weight, bias) if path == "fft" else _convolve_directly(input, weight, bias)
 
 
-def backward(
+def gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    """Gradients of `convolve` in ``input`` and ``weight``, each ``None`` if not wanted."""
     if path == "fft":
-        return _fft.backward(nchw(grad_output), nchw(input), weight, output_mask)
+        return _fft.gradients(nchw(grad_output), nchw(input), weight, output_mask)
     return (
-        _convolve(grad_output, weight.flip(2, 3), None) if output_mask[0] else None,
+        _convolve_directly(grad_output, weight.flip(2, 3), None) if output_mask[0] else None,
         _weight_grad(grad_output, input, (weight.shape[2], weight.shape[3])) if output_mask[1] else None,
     )
 
 
-def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve_directly(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution in the memory format that oneDNN is fast in."""
     if _needs_channels_last(input, weight.shape[3]):
         input = input.contiguous(memory_format=torch.channels_last)

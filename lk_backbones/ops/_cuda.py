@@ -1,7 +1,7 @@
 """Depthwise convolution on CUDA devices: PyTorch's own operators or Fourier transforms, by rule.
 
-Kernels written for the GPU plug in here: a new path in `plan` and its branch in `forward` and
-`backward`.
+Kernels written for the GPU plug in here: a new path in `choose_paths` and its branch in `convolve` and
+`gradients`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FFT_COST = 8.0
 SMALLEST_KERNEL = 7  # below, PyTorch's operators are as fast as anything
 
 
-def plan(shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype) -> Plan:
+def choose_paths(shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype) -> Plan:
     """Choose the paths.
 
     Args:
@@ -40,17 +40,17 @@ def plan(shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: 
     return Plan("fft" if forward < 1 else "native", "fft" if backward < 1 else "native", reason)
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
-    """Convolution of ``(N, C, H, W)``, float32 or float64, by a path of `plan` other than ``"native"``."""
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
+    """Convolution of ``(N, C, H, W)``, float32 or float64, by a path of `choose_paths` other than ``"native"``."""
     if path != "fft":
         raise ValueError(f"no path {path!r} on CUDA")
-    return _fft.forward(input.contiguous(), weight, bias)
+    return _fft.convolve(input.contiguous(), weight, bias)
 
 
-def backward(
+def gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `forward` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    """Gradients of `convolve` in ``input`` and ``weight``, each ``None`` if not wanted."""
     if path != "fft":
         raise ValueError(f"no path {path!r} on CUDA")
-    return _fft.backward(grad_output.contiguous(), input.contiguous(), weight, output_mask)
+    return _fft.gradients(grad_output.contiguous(), input.contiguous(), weight, output_mask)

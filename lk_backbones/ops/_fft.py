@@ -48,7 +48,7 @@ def transform_size(map_size: tuple[int, int], kernel_size: tuple[int, int]) -> t
     return good_length(rows, ROWS_DETOUR), good_length(columns, COLUMNS_DETOUR)
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution.
 
     Args:
@@ -69,10 +69,10 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output.add_(bias[:, None, None])
 
 
-def backward(
+def gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `forward`; both together share the transform of ``grad_output``.
+    """Gradients of `convolve`; both together share the transform of ``grad_output``.
 
     Args:
         grad_output: ``(N, C, H, W)``, contiguous.

@@ -66,11 +66,11 @@ def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bo
     return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
 
 
-def plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
+def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
     """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
     if method == "auto" and native_is_best(device, weight, dilation):
         return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
-    return _plan(
+    return _cached_plan(
         input.shape,
         weight.shape,
         input.dtype,
@@ -82,7 +82,7 @@ def plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, 
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _cached_plan(
     input_shape: torch.Size,
     weight_shape: torch.Size,
     dtype: torch.dtype,
@@ -102,8 +102,8 @@ def _plan(
     shape = (batch * dilation[0] * dilation[1], channels, rows, columns)
     kernel_size = crop_kernel(whole_kernel, (rows, columns))
     if device == "cuda":
-        return _cuda.plan(shape, kernel_size, dtype)
-    chosen = _cpu.plan(shape, kernel_size, dtype, channels_last)
+        return _cuda.choose_paths(shape, kernel_size, dtype)
+    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last)
     if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
@@ -117,35 +117,35 @@ def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
     return F.conv2d(input, weight, bias, (1, 1), padding, dilation, weight.shape[0])
 
 
-def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
+def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     """Output ``(N, C, H, W)``, in the memory format of ``input``."""
     device, dilation = input.device.type, pair(dilation)
-    path = plan(input, weight, dilation, method, device).forward
+    path = plan_for(input, weight, dilation, method, device).forward
     with _without_autocast(device):
         if path == "native":
             output = native(input, weight, bias, dilation)
         else:
             maps, kernel = _prepare(input, weight, dilation)
             backend = _cuda if device == "cuda" else _cpu
-            output = backend.forward(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
+            output = backend.convolve(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
             output = join_phases(output, _map_size(input), dilation)
         return in_format(output.to(input.dtype), memory_format(input))
 
 
-forward = torch.library.custom_op(
+convolution_op = torch.library.custom_op(
     "lk_backbones::depthwise_conv2d",
-    _forward,
+    _convolution,
     mutates_args=(),
     schema="(Tensor input, Tensor weight, Tensor? bias, SymInt[2] dilation, str method) -> Tensor",
 )
 
 
-@forward.register_fake
+@convolution_op.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     return torch.empty_like(input, memory_format=memory_format(input))
 
 
-def _backward(
+def _gradients(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -155,7 +155,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``input`` and ``weight``, each in the layout of what it belongs to; empty where not wanted."""
     device, dilation = input.device.type, pair(dilation)
-    path = plan(input, weight, dilation, method, device).backward
+    path = plan_for(input, weight, dilation, method, device).backward
     with _without_autocast(device):
         if path == "native":
             grad_input, grad_weight = _native_backward(grad_output, input, weight, dilation, output_mask)
@@ -163,7 +163,7 @@ def _backward(
             maps, kernel = _prepare(input, weight, dilation)
             grad_maps = split_phases(grad_output.to(maps.dtype), dilation)
             backend = _cuda if device == "cuda" else _cpu
-            grad_input, grad_weight = backend.backward(grad_maps, maps, kernel, path, output_mask)
+            grad_input, grad_weight = backend.gradients(grad_maps, maps, kernel, path, output_mask)
             if grad_input is not None:
                 grad_input = join_phases(grad_input, _map_size(input), dilation)
             if grad_weight is not None:
@@ -174,16 +174,16 @@ def _backward(
         )
 
 
-backward = torch.library.custom_op(
+gradients_op = torch.library.custom_op(
     "lk_backbones::depthwise_conv2d_backward",
-    _backward,
+    _gradients,
     mutates_args=(),
     schema="(Tensor grad_output, Tensor input, Tensor weight, SymInt[2] dilation, str method, bool[2] output_mask)"
     " -> (Tensor, Tensor)",
 )
 
 
-@backward.register_fake
+@gradients_op.register_fake
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -248,14 +248,14 @@ def _save_for_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _forward_gradient(
-    ctx: Any, grad_output: Tensor, backward: Callable[..., tuple[Tensor, Tensor]] = backward
+    ctx: Any, grad_output: Tensor, gradients: Callable[..., tuple[Tensor, Tensor]] = gradients_op
 ) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = None
     if need_input or need_weight:
         mask = [need_input, need_weight]
-        grad_input, grad_weight = backward(grad_output, input, weight, ctx.dilation, ctx.method, mask)
+        grad_input, grad_weight = gradients(grad_output, input, weight, ctx.dilation, ctx.method, mask)
     return (
         grad_input if need_input else None,
         grad_weight if need_weight else None,
@@ -278,13 +278,13 @@ def _backward_gradient(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tens
     new_grad_output = new_input = new_weight = None
     if need_grad_output:
         if has_input:
-            new_grad_output = forward(grad_grad_input, weight, None, ctx.dilation, ctx.method)
+            new_grad_output = convolution_op(grad_grad_input, weight, None, ctx.dilation, ctx.method)
         if has_weight:
-            term = forward(input, grad_grad_weight, None, ctx.dilation, ctx.method)
+            term = convolution_op(input, grad_grad_weight, None, ctx.dilation, ctx.method)
             new_grad_output = term if new_grad_output is None else new_grad_output + term
     need_input, need_weight = need_input and has_weight, need_weight and has_input
     if need_input or need_weight:
-        new_input, new_weight = backward(
+        new_input, new_weight = gradients_op(
             grad_output,
             grad_grad_input if has_input else input,  # the mask keeps the second choice out of the results
             grad_grad_weight if has_weight else weight,
@@ -302,8 +302,8 @@ def _backward_gradient(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tens
     )
 
 
-forward.register_autograd(_forward_gradient, setup_context=_save_for_forward)
-backward.register_autograd(_backward_gradient, setup_context=_save_for_backward)
+convolution_op.register_autograd(_forward_gradient, setup_context=_save_for_forward)
+gradients_op.register_autograd(_backward_gradient, setup_context=_save_for_backward)
 
 
 class _Eager(torch.autograd.Function):
@@ -314,12 +314,12 @@ class _Eager(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str
     ) -> Tensor:
         _save_for_forward(ctx, (input, weight, bias, dilation, method), input)
-        return _forward(input, weight, bias, dilation, method)
+        return _convolution(input, weight, bias, dilation, method)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # With gradients on, somebody will differentiate this again, for which the registered operator is made.
-        return _forward_gradient(ctx, grad_output, backward if torch.is_grad_enabled() else _backward)
+        return _forward_gradient(ctx, grad_output, gradients_op if torch.is_grad_enabled() else _gradients)
 
 
 def apply(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
@@ -329,7 +329,7 @@ def apply(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[in
         or operators_are_watched()
         or not all(type(tensor) in (Tensor, torch.nn.Parameter, type(None)) for tensor in (input, weight, bias))
     ):
-        return forward(input, weight, bias, dilation, method)
+        return convolution_op(input, weight, bias, dilation, method)
     return _Eager.apply(input, weight, bias, dilation, method)
 
 

@@ -61,7 +61,7 @@ def depthwise_conv2d(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     inference = not (wants_gradient or torch.compiler.is_compiling())
-    if inference and _operators.plan(input, weight, dilation, method, device).forward == "native":
+    if inference and _operators.plan_for(input, weight, dilation, method, device).forward == "native":
         return _operators.native(input, weight, bias, dilation)
     return _operators.apply(input, weight, bias, dilation, method)
 
@@ -93,7 +93,7 @@ def explain(
     dilation = _operators.pair(dilation)
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
-    return _operators.plan(input, weight, dilation, method, input.device.type if device is None else device)
+    return _operators.plan_for(input, weight, dilation, method, input.device.type if device is None else device)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

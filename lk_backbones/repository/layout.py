@@ -16,6 +16,7 @@ import timm
 from safetensors.torch import save_file
 from segmentation_models_pytorch.base import SegmentationModel
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import nn
 
@@ -23,7 +24,7 @@ import lk_backbones
 from lk_backbones.encoders._names import build_empty, is_timm_model, timm_arguments, timm_names
 from lk_backbones.repository.card import CardFacts, write_card
 from lk_backbones.repository.folder import record_files
-from lk_backbones.tasks.base import IMAGENET_MEAN, IMAGENET_STD, BaseTask, without_encoder_weights
+from lk_backbones.tasks.base import BaseTask, without_encoder_weights
 from lk_backbones.weights.catalogue import (
     PublishedWeights,
     find_published,
@@ -239,7 +240,10 @@ def _write_smp_model(model: Any, folder: Path, preprocessing: dict[str, list[flo
 def _encoder_preprocessing(encoder: nn.Module) -> dict[str, list[float]]:
     """What the encoder's weights expect, or ImageNet's mean and standard deviation."""
     config = getattr(getattr(encoder, "model", None), "pretrained_cfg", None) or {}
-    return {"mean": list(config.get("mean", IMAGENET_MEAN)), "std": list(config.get("std", IMAGENET_STD))}
+    return {
+        "mean": list(config.get("mean", IMAGENET_DEFAULT_MEAN)),
+        "std": list(config.get("std", IMAGENET_DEFAULT_STD)),
+    }
 
 
 def _write_task(task: BaseTask, folder: Path) -> CardFacts:

@@ -1,6 +1,7 @@
 """LightningModules that train, measure and apply networks on any encoder, and callbacks that show what they do."""
 
 from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
+from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
 from lk_backbones.callbacks.tables import MetricsTable
@@ -13,6 +14,7 @@ from lk_backbones.tasks.segmentation import SegmentationTask
 __all__ = [
     "AtomicCheckpointIO",
     "BaseTask",
+    "ClosingLines",
     "CocoResults",
     "DetectionTask",
     "MetricsTable",

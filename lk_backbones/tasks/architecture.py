@@ -7,7 +7,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 
 from lk_backbones.heads import FCNHead
-from lk_backbones.tasks.base import check_shared_arguments
+from lk_backbones.tasks.arguments import check_shared_arguments
 from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights, nearest
 
 __all__ = ["AUXILIARY_LEVEL", "build_auxiliary_head", "build_model", "check_arguments"]

@@ -13,12 +13,15 @@ from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.table import Table
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
 
 from lk_backbones.callbacks.checkpoints import SafeCheckpoints
-from lk_backbones.drawing.canvas import Color, default_colors
+from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.drawing.figures import Figures
+from lk_backbones.drawing.palette import Color, class_palette
 from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
 from lk_backbones.tasks.optim import (
     encoder_lr_scales,
@@ -37,11 +40,9 @@ from lk_backbones.weights.saved import (
     require_finite,
 )
 
-__all__ = ["BaseTask", "check_shared_arguments", "mean_and_std", "saved_task", "without_encoder_weights"]
+__all__ = ["BaseTask", "mean_and_std", "saved_task", "without_encoder_weights"]
 
 TaskT = TypeVar("TaskT", bound="BaseTask")
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _skip_encoder_weights: ContextVar[bool] = ContextVar("_skip_encoder_weights", default=False)
 
@@ -135,8 +136,8 @@ class BaseTask(L.LightningModule):
 
     @property
     def class_colors(self) -> list[Color]:
-        """Colours of the classes: the argument's, else the data module's, else well separated ones."""
-        colors = self.hparams["class_colors"] or default_colors(self.hparams["num_classes"])
+        """Colours of the classes: the argument's, else the data module's, else those of `class_palette`."""
+        colors = self.hparams["class_colors"] or class_palette(self.hparams["num_classes"])
         return [(color[0], color[1], color[2]) for color in colors]
 
     # --- building ---------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ class BaseTask(L.LightningModule):
         if milestones := hparams.get("milestones"):
             epoch = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
             steps = [epoch * milestone for milestone in milestones]
-            scheduler = warmup_step_scheduler(
+            scheduler: LRScheduler = warmup_step_scheduler(
                 optimizer, steps, hparams.gamma, hparams.warmup_steps, hparams.warmup_ratio
             )
         else:
@@ -274,9 +275,10 @@ class BaseTask(L.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Bring along `SafeCheckpoints`, unless the trainer has one."""
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(c, SafeCheckpoints) for c in callbacks) else [SafeCheckpoints()]
+        """Bring along `SafeCheckpoints` and `ClosingLines`, unless the trainer has them."""
+        has: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds: tuple[type[L.Callback], ...] = (SafeCheckpoints, ClosingLines)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in has)]
 
     @classmethod
     def load_from_checkpoint(
@@ -362,46 +364,6 @@ def _is_ordinary(value: Any) -> bool:
     )
 
 
-def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
-    """Refuse impossible values of the arguments that every task has, before anything is built.
-
-    Args:
-        hparams: A task's arguments by name.
-        least_classes: Smallest number of classes.
-        why: What to say of it.
-
-    Raises:
-        ValueError: With the argument's name and what would be right.
-    """
-    require_finite(hparams)
-    num_classes = hparams["num_classes"]
-    if num_classes < least_classes:
-        raise ValueError(f"num_classes={num_classes} must be at least {least_classes} ({why})")
-    for key in ("class_names", "class_colors"):
-        values = hparams[key]
-        if values is not None and len(values) != num_classes:
-            raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
-    names = hparams["class_names"] or []
-    if len(set(names)) != len(names):
-        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
-    for key in ("lr", "layer_decay"):
-        if hparams[key] <= 0:
-            raise ValueError(f"{key}={hparams[key]} must be positive")
-    for key in ("weight_decay", "bias_weight_decay", "momentum", "power", "min_lr", "gamma"):
-        if (hparams.get(key) or 0) < 0:
-            raise ValueError(f"{key}={hparams[key]} must be at least 0")
-    if hparams["warmup_steps"] < 0 or not 0 <= hparams["warmup_ratio"] <= 1:
-        raise ValueError(
-            f"warmup_steps={hparams['warmup_steps']} must be at least 0 and "
-            f"warmup_ratio={hparams['warmup_ratio']} in [0, 1]"
-        )
-    if hparams["optimizer"] not in ("adamw", "sgd"):
-        raise ValueError(f"optimizer='{hparams['optimizer']}' must be one of adamw, sgd")
-    milestones = list(hparams.get("milestones") or [])
-    if milestones != sorted(set(milestones)) or min(milestones, default=1) <= 0:
-        raise ValueError(f"milestones={milestones} must be epochs in ascending order, counted from 1")
-
-
 def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
     if not spec.is_timm:
         raise ValueError(
@@ -418,8 +380,8 @@ def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
 def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[list[float], list[float]]:
     """The arguments ``mean`` and ``std``, else those of the encoder's weights, else ImageNet's."""
     channels = hparams["in_channels"]
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
     if spec.preprocessing:
         mean, std = spec.preprocessing["mean"], spec.preprocessing["std"]
     elif spec.is_timm:

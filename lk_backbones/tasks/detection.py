@@ -14,7 +14,8 @@ from lk_backbones.heads import build_detector
 from lk_backbones.metrics.detection import METRIC_NAMES, DetectionMetrics
 from lk_backbones.metrics.masks import encode_masks
 from lk_backbones.metrics.tables import ap_table
-from lk_backbones.tasks.base import BaseTask, check_shared_arguments, mean_and_std
+from lk_backbones.tasks.arguments import check_shared_arguments
+from lk_backbones.tasks.base import BaseTask, mean_and_std
 from lk_backbones.tasks.encoder import build_encoder
 from lk_backbones.tasks.openmmlab import openmmlab_encoder
 from lk_backbones.weights.openmmlab import split_backbone

@@ -42,7 +42,7 @@ from lk_backbones._private.huggingface_hub import replace_get_session
 from lk_backbones.weights.errors import DownloadError
 from lk_backbones.weights.files import sha256_of
 
-__all__ = ["NOT_VERIFIED", "HubFile", "explain", "fetch_from_hub", "fetch_url", "is_missing", "url_cache"]
+__all__ = ["NOT_VERIFIED", "HubFile", "fetch_from_hub", "fetch_url", "hub_error", "is_missing", "url_cache"]
 
 # How a statement begins that nothing vouches for a file.
 NOT_VERIFIED = "not verified"
@@ -107,7 +107,7 @@ def fetch_from_hub(repo: str, filename: str, revision: str | None = None) -> Hub
             if attempt < _ATTEMPTS and _is_passing(error):
                 time.sleep(2 ** (attempt - 1))
                 continue
-            raise explain(error, repo, filename, revision) from error
+            raise hub_error(error, repo, filename, revision) from error
         commit = _commit_of(path, repo)
         if commit is None:
             raise DownloadError(f"{_what(repo, filename)} does not lie in the cache under a commit, but at '{path}'")
@@ -400,7 +400,7 @@ def _is_passing(error: BaseException) -> bool:
     return _status(error) in _SERVER_BUSY or _is_network_error(error) or "Consistency check" in str(error)
 
 
-def explain(
+def hub_error(
     error: BaseException, repo: str, filename: str | None = None, revision: str | None = None, right: str = "read"
 ) -> DownloadError:
     """Turn what the Hub's client raised into one message that says what would be right.

@@ -15,7 +15,7 @@ from lk_backbones._printing import printable
 from lk_backbones._private.huggingface_hub import CACHED_NO_EXIST
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
 from lk_backbones.weights.config import read_config
-from lk_backbones.weights.download import NOT_VERIFIED, HubFile, explain, fetch_from_hub, fetch_url, is_missing
+from lk_backbones.weights.download import NOT_VERIFIED, HubFile, fetch_from_hub, fetch_url, hub_error, is_missing
 from lk_backbones.weights.errors import DownloadError, WeightsError, nearest, shorten
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
 
@@ -252,7 +252,7 @@ def _best_file(repo: str, revision: str | None) -> HubFile:
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:
-        raise explain(error, repo, revision=revision) from error
+        raise hub_error(error, repo, revision=revision) from error
     weights = [printable(name) for name in names if name.endswith(WEIGHT_SUFFIXES)]
     raise DownloadError(
         f"'{repo}' has no {' or '.join(_WEIGHT_FILES)}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lk_backbones.data.classes import IGNORE_INDEX, default_colors, load_table, read_classes_file
+from lk_backbones.data.classes import IGNORE_INDEX, load_table, read_classes_file
+from lk_backbones.drawing.palette import class_palette
 
 # Of the label definitions that come with Cityscapes: the 19 classes in the order of their train ids.
 CITYSCAPES = {
@@ -41,12 +42,6 @@ def test_ade20k_shifts_by_one() -> None:
     assert table.colors[2] == (6, 230, 230)  # sky
 
 
-def test_default_colours_differ() -> None:
-    colors = default_colors(255)
-    assert colors[:3] == [(128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert len(set(colors)) == 255
-
-
 def write(tmp_path: Path, name: str, text: str) -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
@@ -65,7 +60,7 @@ def test_json_with_everything(tmp_path: Path) -> None:
 def test_lists_and_text(tmp_path: Path) -> None:
     table = read_classes_file(write(tmp_path, "a.json", '["sky", "tree"]'))
     assert table.names == ("sky", "tree")
-    assert table.colors == ((128, 0, 0), (0, 128, 0))
+    assert table.colors == tuple(class_palette(2))
     table = read_classes_file(write(tmp_path, "classes.txt", "\ufeffsky\n traffic light \n\n"))
     assert table.names == ("sky", "traffic light")
     assert table.class_of_label == {0: 0, 1: 1, 255: 255}

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from lk_backbones.data import coco_format
 from lk_backbones.data.coco_format import CocoFile, read_coco
+from lk_backbones.data.coco_format.arrays import Unusual
+from lk_backbones.data.coco_format.tables import Annotations
 
 from .conftest import COCO_MINI, CocoMaker
 from .test_coco import make
@@ -72,14 +73,14 @@ def test_whatever_is_changed_is_read_or_refused_by_name(
         one = outcome(path)
         with monkeypatch.context() as patch:  # every annotation is looked at by itself
 
-            def unusual(self: Any, entries: list[Any], usual: Any = coco_format._Annotations._add) -> None:
+            def unusual(self: Any, entries: list[Any], usual: Any = Annotations._add) -> None:
                 if not hasattr(self, "again"):
                     self.again = True
-                    raise coco_format._Unusual
+                    raise Unusual
                 del self.again
                 usual(self, entries)
 
-            patch.setattr(coco_format._Annotations, "_add", unusual)
+            patch.setattr(Annotations, "_add", unusual)
             other = outcome(path)
         if isinstance(one, str):
             refused += 1

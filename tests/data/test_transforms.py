@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from lk_backbones.data.transforms import (
-    IMAGENET_MEAN,
     RandomCropMaxRatio,
     ResizeByRatio,
     eval_transform,
@@ -131,8 +131,8 @@ def test_padding_is_zero_after_normalisation_and_ignored() -> None:
     assert out["image"].shape == (3, 32, 48)
     assert out["image"].dtype == torch.float32
     assert out["mask"].shape == (32, 48)
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    normalised = (out["image"] - torch.tensor(IMAGENET_MEAN)[:, None, None]) / std
+    std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+    normalised = (out["image"] - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / std
     for padding in (normalised[:, 20:], normalised[:, :, 30:]):
         assert padding.abs().max() < 1e-6
     assert (out["mask"][20:] == 255).all()

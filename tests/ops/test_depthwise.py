@@ -140,23 +140,23 @@ def test_operators_are_well_registered(method, memory_format, dtype):
     weight = torch.randn(3, 1, 7, 3, dtype=dtype, requires_grad=True)
     bias = torch.randn(3, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 3, 5, 6, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(_operators.forward, (input, weight, bias, (1, 1), method))
-    torch.library.opcheck(_operators.forward, (input, weight, None, (2, 1), method))
+    torch.library.opcheck(_operators.convolution_op, (input, weight, bias, (1, 1), method))
+    torch.library.opcheck(_operators.convolution_op, (input, weight, None, (2, 1), method))
     for mask in ([True, True], [True, False], [False, True]):
-        torch.library.opcheck(_operators.backward, (grad, input, weight, (1, 1), method, mask))
+        torch.library.opcheck(_operators.gradients_op, (grad, input, weight, (1, 1), method, mask))
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
     from lk_backbones.ops import _cpu
 
     masks = []
-    backward = _cpu.backward
+    backward = _cpu.gradients
 
     def record(grad_output, input, weight, path, output_mask):
         masks.append(output_mask)
         return backward(grad_output, input, weight, path, output_mask)
 
-    monkeypatch.setattr(_cpu, "backward", record)
+    monkeypatch.setattr(_cpu, "gradients", record)
     for input_grad, weight_grad in ((True, False), (False, True), (False, False)):
         input = torch.randn(1, 4, 9, 9, requires_grad=input_grad)
         weight = torch.randn(4, 1, 9, 9, requires_grad=weight_grad)

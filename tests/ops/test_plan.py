@@ -18,9 +18,9 @@ def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
-    _operators._plan.cache_clear()
+    _operators._cached_plan.cache_clear()
     yield
-    _operators._plan.cache_clear()
+    _operators._cached_plan.cache_clear()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_narrow_registers_favour_the_transform(monkeypatch):
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX512")
     assert plan(shape, kernel).forward == "direct"
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX2")
-    _operators._plan.cache_clear()
+    _operators._cached_plan.cache_clear()
     assert plan(shape, kernel).forward == "fft"
 
 

@@ -1,6 +1,8 @@
 """Parameter groups and learning rates against values worked out by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -11,7 +13,17 @@ from torch import nn
 
 from lk_backbones.tasks import DetectionTask, SegmentationTask
 from lk_backbones.tasks.encoder import timm_model, timm_names
-from lk_backbones.tasks.optim import encoder_lr_scales, parameter_groups, warmup_poly, warmup_poly_scheduler
+from lk_backbones.tasks.optim import (
+    encoder_lr_scales,
+    parameter_groups,
+    warmup_poly,
+    warmup_poly_scheduler,
+    warmup_step_scheduler,
+)
+from lk_backbones.weights.saved import read_training_checkpoint
+
+from ..blocks import trainer
+from ..oracle import make
 
 ENCODERS = {
     "tu-convnext_atto": {},
@@ -186,3 +198,44 @@ def test_scheduler_keeps_the_groups_in_proportion() -> None:
         scheduler.step()
     assert [r[0] for r in rates[:4]] == pytest.approx([0.05, 0.9 * 0.75 * 0.1, 0.08, 0.07])
     assert [r[1] for r in rates] == pytest.approx([0.1 * r[0] for r in rates])
+
+
+@pytest.mark.parametrize("warmup_ratio", [1e-3, 0.333, 0.0, 1.0])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 500])
+def test_warm_up_and_drops_follow_the_published_formula(warmup_steps: int, warmup_ratio: float) -> None:
+    lrs, milestones = (2e-4, 5e-6), (1000, 1001, 1500)
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in lrs])
+    scheduler = warmup_step_scheduler(optimizer, milestones, 0.1, warmup_steps, warmup_ratio)
+    for step in range(2000):
+        ramp = 1.0 if step >= warmup_steps else warmup_ratio + (1 - warmup_ratio) * step / warmup_steps
+        factor = ramp * 0.1 ** sum(step >= milestone for milestone in milestones)
+        expected = [lr * factor for lr in lrs]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12, abs=1e-200)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_run_with_drops_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """What the schedule keeps in a checkpoint is read without unpickling, by the command line's own reader too."""
+
+    def rates(**kwargs: Any) -> list[float]:
+        seen: list[float] = []
+        task = make("faster_rcnn", milestones=[2], warmup_steps=3, lr=1e-3)
+        task.training_step = lambda batch, batch_idx: (  # type: ignore[method-assign]
+            seen.append(task.trainer.optimizers[0].param_groups[-1]["lr"]),
+            sum(parameter.sum() for parameter in task.parameters()),
+        )[1]
+        ckpt_path = kwargs.pop("ckpt_path", None)
+        fitter = trainer(tmp_path, limit_val_batches=0, enable_checkpointing=True, **kwargs)
+        fitter.fit(task, torch.utils.data.DataLoader(range(2)), ckpt_path=ckpt_path, weights_only=True)
+        fitter.save_checkpoint(tmp_path / f"{fitter.global_step}.ckpt")
+        return seen
+
+    undisturbed = rates(max_epochs=4)
+    ramp = [0.001 + 0.999 * step / 3 for step in range(3)]
+    assert undisturbed == pytest.approx([*(1e-3 * r for r in ramp), 1e-3, *[1e-4] * 4], rel=1e-12)
+    for epochs in (1, 3):
+        first = rates(max_epochs=epochs)
+        path = tmp_path / f"{2 * epochs}.ckpt"
+        read_training_checkpoint(path)
+        assert first + rates(max_epochs=4, ckpt_path=path) == undisturbed

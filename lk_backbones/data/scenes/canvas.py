@@ -27,17 +27,17 @@ class Canvas:
         self.light = np.ones(3)
 
     def add_object(self, class_index: int) -> int:
-        """Registers a countable object and returns the code to draw it with."""
+        """Register a countable object and return the code to draw it with."""
         self.objects.append(class_index)
         return class_index + 256 * len(self.objects)
 
     def color(self, color: Sequence[float] | np.ndarray, brightness: float = 1.0) -> tuple[float, float, float]:
-        """Returns a colour in the light of the scene."""
+        """Return a colour in the light of the scene."""
         red, green, blue = np.clip(np.asarray(color) * self.light * brightness, 0, 255)
         return float(red), float(green), float(blue)
 
     def polygon(self, points: Sequence[Point], color: Sequence[float], code: int | None = None) -> None:
-        """Fills a polygon; without a code only the picture changes, not the labels (windows, lane markings)."""
+        """Fill a polygon; without a code only the picture changes, not the labels (windows, lane markings)."""
         corners = (np.asarray(points) * (self.height << _FRACTION_BITS)).round().astype(np.int32)[None]
         cv2.fillPoly(self.image, corners, color, cv2.LINE_8, _FRACTION_BITS)
         if code is not None:
@@ -46,7 +46,7 @@ class Canvas:
     def box(
         self, left: float, top: float, right: float, bottom: float, color: Sequence[float], code: int | None = None
     ) -> None:
-        """Fills an upright rectangle."""
+        """Fill an upright rectangle."""
         rows = slice(max(0, round(top * self.height)), max(0, round(bottom * self.height)))
         columns = slice(max(0, round(left * self.height)), max(0, round(right * self.height)))
         self.image[rows, columns] = color
@@ -56,7 +56,7 @@ class Canvas:
     def ellipse(
         self, center: Point, radii: Point, color: Sequence[float], code: int | None = None, upper_half: bool = False
     ) -> None:
-        """Fills an ellipse, or its upper half."""
+        """Fill an ellipse, or its upper half."""
         scale = self.height << _FRACTION_BITS
         middle = (round(center[0] * scale), round(center[1] * scale))
         axes = (max(0, round(radii[0] * scale)), max(0, round(radii[1] * scale)))

@@ -42,7 +42,7 @@ class SceneSeries:
         scene_seed: Another number gives other scenes.
 
     Raises:
-        ValueError: There would be no scene, or the size is too small.
+        ValueError: If there would be no scene, or the size is too small.
     """
 
     split: Split
@@ -59,7 +59,7 @@ class SceneSeries:
             )
 
     def scene(self, index: int) -> Scene:
-        """Draws a scene, with its list of objects."""
+        """Draw a scene, with its list of objects."""
         if not 0 <= index < self.length:
             raise IndexError(f"There are {self.length} scenes, numbered from 0; there is no scene {index}.")
         rng = np.random.default_rng((self.scene_seed, _SPLIT_NUMBERS[self.split], index))
@@ -77,7 +77,7 @@ class _SceneDataset(PictureDataset):
         return self.series.length
 
     def path(self, index: int) -> str:
-        """Returns the name of a scene; there is no file."""
+        """Return the name of a scene; there is no file."""
         return f"scene_{self.series.split}_{index:05d}"
 
 
@@ -120,11 +120,11 @@ class SyntheticScenesDetectionDataset(_SceneDataset, DetectionDataset):
         return scene.image, Objects(boxes, labels, crowds, visible[places].astype(np.float32), masks)
 
     def image_id(self, index: int) -> int:
-        """Returns the number of the scene, from 1."""
+        """Return the number of the scene, from 1."""
         return index + 1
 
     def aspect_ratio(self, index: int) -> float:
-        """Returns width / height, which is the same for all."""
+        """Return width / height, which is the same for all."""
         return self.series.image_size[1] / self.series.image_size[0]
 
 
@@ -193,7 +193,7 @@ class SyntheticScenesDataModule(SegmentationDataModule):
         self.series = series
 
     def load_classes(self) -> ClassTable:
-        """Returns the 9 classes."""
+        """Return the 9 classes."""
         return SCENE_CLASSES
 
     @property
@@ -202,7 +202,7 @@ class SyntheticScenesDataModule(SegmentationDataModule):
         return "test"
 
     def train_transform(self) -> A.Compose:
-        """Returns the training pipeline: flip, slight changes of brightness and contrast."""
+        """Return the training pipeline: flip, slight changes of brightness and contrast."""
         return A.Compose([*_slight_changes(), A.ToFloat(max_value=255), ToTensorV2()])
 
     def make_dataset(self, split: Split) -> SyntheticScenesDataset:
@@ -258,7 +258,7 @@ class SyntheticScenesDetectionDataModule(DetectionDataModule):
         self.series = series
 
     def load_classes(self) -> ClassTable:
-        """Returns the 5 classes."""
+        """Return the 5 classes."""
         return ClassTable(
             names=tuple(SCENE_CLASSES.names[index] for index in _THINGS),
             colors=tuple(SCENE_CLASSES.colors[index] for index in _THINGS),
@@ -271,7 +271,7 @@ class SyntheticScenesDetectionDataModule(DetectionDataModule):
         return "test"
 
     def train_transform(self) -> A.Compose:
-        """Returns the training pipeline: flip, slight changes of brightness and contrast."""
+        """Return the training pipeline: flip, slight changes of brightness and contrast."""
         return box_pipeline(_slight_changes())
 
     def make_dataset(self, split: Split) -> SyntheticScenesDetectionDataset:

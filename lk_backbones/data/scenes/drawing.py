@@ -1,4 +1,4 @@
-"""Draws street scenes with label maps: pictures that need no download and cannot be labelled from local texture alone.
+"""Draw street scenes with label maps: pictures that need no download and cannot be labelled from local texture alone.
 
 The rule is explained at `SyntheticScenesDataModule`.
 
@@ -61,10 +61,10 @@ class Scene:
     """A drawn street scene.
 
     Attributes:
-        image: uint8 RGB `(H, W, 3)`.
-        mask: uint8 class index `(H, W)`.
-        instances: uint8 `(H, W)`; 0 where there is no countable object, else 1 + the object's place in ``objects``. An
-            object that others hide altogether has no pixel.
+        image: uint8 RGB ``(H, W, 3)``.
+        mask: uint8 class index ``(H, W)``.
+        instances: uint8 ``(H, W)``; 0 where there is no countable object, else 1 + the object's place in ``objects``.
+            An object that others hide altogether has no pixel.
         objects: Class index of every person, tree, signal and vehicle, far ones first.
     """
 
@@ -93,7 +93,7 @@ class _Street:
         return self.far_width + (self.near_width - self.far_width) * near
 
     def x(self, near: float, lane: float) -> float:
-        """Returns x of a position counted in lanes from the left kerb (0 to ``lanes``)."""
+        """Return x of a position counted in lanes from the left kerb (0 to ``lanes``)."""
         center = self.vanishing_x + (self.bottom_x - self.vanishing_x) * near
         return center + self.width(near) * (lane / self.lanes - 0.5)
 
@@ -102,7 +102,7 @@ class _Street:
 
 
 def draw_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """Draws one scene.
+    """Draw one scene.
 
     Args:
         rng: Source of all chance; the same state gives the same scene.
@@ -113,7 +113,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int) -> Scene:
         The scene.
 
     Raises:
-        ValueError: The size is too small for the signals to be told apart.
+        ValueError: If the size is too small for the signals to be told apart.
     """
     if height < 64 or width < height:
         raise ValueError(f"Scenes must be at least 64 pixels high and no narrower than high, got {height}×{width}.")
@@ -283,7 +283,7 @@ def _draw_gantry(canvas: Canvas, rng: np.random.Generator, street: _Street, is_g
 
 
 def _draw_people_and_vehicles(canvas: Canvas, rng: np.random.Generator, street: _Street, is_green: np.ndarray) -> None:
-    """Draws far ones first. A vehicle is drawn in the same way whatever its signal shows: only the label differs."""
+    """Draw far ones first. A vehicle is drawn in the same way whatever its signal shows: only the label differs."""
     vehicles: list[tuple[float, int]] = []
     for lane in range(street.lanes):
         first = rng.uniform(0.58, 0.98)
@@ -328,7 +328,7 @@ def _draw_person(canvas: Canvas, rng: np.random.Generator, x: float, y: float, s
 
 
 def _draw_vehicle(canvas: Canvas, rng: np.random.Generator, x: float, y: float, size: float, code: int) -> None:
-    """Draws a car or a van from behind: ``size`` wide, its wheels at ``y``."""
+    """Draw a car or a van from behind: ``size`` wide, its wheels at ``y``."""
     body = BODIES[rng.integers(len(BODIES))]
     half = size / 2
     is_van = rng.random() < 0.35
@@ -364,7 +364,7 @@ def _draw_vehicle(canvas: Canvas, rng: np.random.Generator, x: float, y: float, 
 
 @lru_cache(maxsize=1)
 def _noise_tile() -> np.ndarray:
-    """Returns grain to cut from: drawing it afresh for each picture would take as long as all the rest."""
+    """Return grain to cut from: drawing it afresh for each picture would take as long as all the rest."""
     rng = np.random.default_rng(0)
     fine = rng.normal(0, 4, (512, 512, 1))
     coarse = cv2.resize(rng.normal(0, 4, (128, 128)), (512, 512), interpolation=cv2.INTER_LINEAR)[..., None]
