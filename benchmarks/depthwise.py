@@ -95,7 +95,7 @@ def native(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def measure(case: Case, seconds: float, clock: Callable[[], float], paths: bool) -> dict[str, object]:
-    """Times of one shape, forward and forward plus backward, in both memory formats."""
+    """Measure the times of one shape, forward and forward plus backward, in both memory formats."""
     torch.manual_seed(0)
     maps = torch.randn(case.batch, case.channels, case.height, case.width)
     weight = torch.randn(case.channels, 1, case.kernel_height, case.kernel_width, requires_grad=True)

@@ -51,7 +51,7 @@ class Case:
 
 
 def draw_picture(height: int, width: int, seed: int) -> np.ndarray:
-    """A smooth RGB picture with the noise of a camera, so that files are about as large as real ones."""
+    """Make a smooth RGB picture with the noise of a camera, so that files are about as large as real ones."""
     rng = np.random.default_rng(seed)
     smooth = cv2.resize(rng.integers(0, 256, (12, 24, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     return (smooth + rng.normal(0, 1, smooth.shape)).clip(0, 255).astype(np.uint8)

@@ -91,7 +91,7 @@ def contestants(kind: str, batch: int, size: int) -> dict[str, Callable[[], obje
 
 
 def measure(kind: str, batch: int, size: int, seconds: float) -> dict[str, object]:
-    """Times, and PyTorch's peak memory beyond parameters, of all contestants."""
+    """Measure times, and PyTorch's peak memory beyond parameters, of all contestants."""
     runs = contestants(kind, batch, size)
     matrix = torch.randn(1024, 1024)
     timings = interleave({"sgemm": lambda: matrix @ matrix, **runs}, seconds, patience=2500)

@@ -67,7 +67,7 @@ def peak_memory(run: Callable[[], object]) -> int:
 
 
 def describe_machine() -> dict[str, object]:
-    """What the numbers depend on, as far as PyTorch knows it."""
+    """Describe what the numbers depend on, as far as PyTorch knows it."""
     return {
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),

@@ -108,7 +108,7 @@ class OutputNames:
             self._add(path)
 
     def __getitem__(self, path: str) -> str:
-        """The name for a file."""
+        """Return the name for a file."""
         if path not in self._names:
             if self._alone or Path(path).stem == path:
                 self._add(path)
@@ -154,7 +154,7 @@ _RESERVED_ON_WINDOWS = {"CON", "PRN", "AUX", "NUL"} | {f"{port}{i}" for port in 
 
 
 def _possible(name: str) -> str:
-    """A name as near to this one as the operating system allows."""
+    """Return a name as near to this one as the operating system allows."""
     encoded = os.fsencode(name)
     if len(encoded) > _LONGEST:
         name = f"{encoded[: _LONGEST - 9].decode(errors='ignore')}_{_checksum(name)}"

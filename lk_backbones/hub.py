@@ -119,7 +119,7 @@ Naming = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def _whole_model_naming(model: nn.Module, weights: Weights) -> Naming | None:
-    """What renames the source's tensors to those of ``model``, if it is a whole model too, else ``None``."""
+    """Return what renames the source's tensors to those of ``model``, if it is a whole model too, else ``None``."""
     state, extra = weights.state_dict, weights.extra
     if is_dense_model(state):
         return _from_openmmlab(model, weights) if isinstance(model, BaseTask) else None

@@ -151,13 +151,13 @@ class SafeCheckpoints(L.Callback):
 
 
 def _is_plain(path: object, keeper: ModelCheckpoint) -> bool:
-    """Whether a path is one of a checkpoint on this machine, and what it begins with is where it lies."""
+    """Return whether a path is one of a checkpoint on this machine, and what it begins with is where it lies."""
     named = isinstance(path, str) and path.endswith(keeper.FILE_EXTENSION) and ".." not in Path(path).parts
     return named and "://" not in str(path) and "::" not in str(path)
 
 
 def _is_of(path: object, keeper: ModelCheckpoint) -> bool:
-    """Whether a path is one of a checkpoint in the folder, or below the address, that a callback saves in."""
+    """Return whether a path is one of a checkpoint in the folder, or below the address, that a callback saves in."""
     if not isinstance(path, str) or not keeper.dirpath:
         return False
     rest = path.removeprefix(os.fspath(keeper.dirpath))

@@ -42,7 +42,7 @@ class ClosingLines(L.Callback):
 
 
 def _from_here(path: str) -> str:
-    """A path as one would type it in the current folder; addresses, and paths on another drive, as they are."""
+    """Return a path as one would type it in the current folder; addresses, and paths on another drive, as they are."""
     try:
         return path if "://" in path else os.path.relpath(path)
     except ValueError:

@@ -166,7 +166,7 @@ class CocoResults(WritingCallback):
 
 
 def _detects(task: Any) -> bool:
-    """Whether a task answers for detections, as `DetectionTask` does."""
+    """Return whether a task answers for detections, as `DetectionTask` does."""
     return callable(getattr(task, "detections", None))
 
 
@@ -200,7 +200,7 @@ _AT_ONCE = 256
 
 
 def _entries(part: Path | None) -> Iterator[dict[str, Any]]:
-    """The entries of all processes, of which each has some lines in a file of its own; to be run through by all."""
+    """Yield the entries of all processes, each of which has some lines in a file of its own; all run through it."""
     with ExitStack() as stack:
         lines = iter(()) if part is None else iter(stack.enter_context(part.open(encoding="utf-8")))
         while True:

@@ -66,7 +66,7 @@ class Overlays(WritingCallback):
 
     @staticmethod
     def can_draw(module: L.LightningModule) -> bool:
-        """Whether a module tells how to draw what it does, by a method `figures` as that of `BaseTask`."""
+        """Return whether a module tells how to draw what it does, by a method `figures` as that of `BaseTask`."""
         return callable(getattr(module, "figures", None))
 
     def find_folder(self, trainer: L.Trainer) -> Path:
@@ -154,7 +154,7 @@ class Overlays(WritingCallback):
         self._has_drawn = True
 
     def _name(self, trainer: L.Trainer, path: str) -> str:
-        """The name for the pictures of a picture, among all pictures of the stage, whichever process they are in."""
+        """Name what is drawn of a picture, among all pictures of the stage, whichever process they are in."""
         stage = str(trainer.state.stage)
         if stage not in self._names:
             self._names[stage] = OutputNames(_all_paths(trainer), alone=trainer.world_size == 1)

@@ -130,7 +130,7 @@ class Parser(LightningArgumentParser):
 
 
 def reason_of(error: Exception) -> Exception:
-    """What a constructor raised, below the texts in which jsonargparse wraps it.
+    """Return what a constructor raised, below the texts in which jsonargparse wraps it.
 
     Args:
         error: What instantiating a configuration raised.
@@ -218,6 +218,6 @@ def _in_our_words(reason: str, where: str, classes: list[str], options: list[str
 
 
 def _nearest_class(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: classes whose names resemble a wrong one, however it is capitalised."""
+    """Return the end of an error message: classes whose names resemble a wrong one, however it is capitalised."""
     by_key = {key.lower(): key for key in known}
     return re.sub(r"'(\w+)'", lambda m: f"'{by_key.get(m[1], m[1])}'", nearest(name, by_key))

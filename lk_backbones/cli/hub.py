@@ -91,7 +91,7 @@ def convert(args: list[str]) -> None:
 
 
 def _repository_name(text: str) -> str:
-    """The nearest name that a repository of the Hub may have."""
+    """Return the nearest name that a repository of the Hub may have."""
     letters = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
     return re.sub(r"([-.])[-.]+", r"\1", letters)[:90].strip("-.") or "model"
 
@@ -133,7 +133,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _is_built_in(weights: PublishedWeights) -> bool:
-    """Whether there is an encoder that the weights fit into."""
+    """Return whether there is an encoder that the weights fit into."""
     return any(f"_{weights.architecture}".endswith(f"_{encoder}") for encoder in list_encoders())
 
 

@@ -176,7 +176,7 @@ def _beside_its_run(command: str, config: Any) -> dict[str, Any]:
 
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
-    """Whether a callback of ours has anything to do: other modules are not drawn, and some runs shall have no seed."""
+    """Return whether a callback has anything to do: other modules are not drawn, and some runs shall have no seed."""
     from lk_backbones.callbacks import Overlays, ReproducibleSteps
 
     if isinstance(callback, Overlays):
@@ -214,7 +214,7 @@ class _Saved:
     given: set[str] = field(default_factory=set)
 
     def factory(self, args: Sequence[str]) -> Callable[..., Any]:
-        """What LightningCLI calls to build it, with a parameter for every flag; ``None`` stands for the checkpoint's.
+        """Make what LightningCLI calls to build it, a parameter for every flag; ``None`` stands for the checkpoint's.
 
         The parser sees the user's flags only, so nothing in the checkpoint can reach its instantiators.
 
@@ -238,7 +238,7 @@ class _Saved:
         return build
 
     def _extended(self, name: str, value: Any, args: Sequence[str]) -> Any:
-        """A flag's value, added to the checkpoint's by ``--model.name.key`` and ``--model.name+``."""
+        """Return a flag's value, added to the checkpoint's by ``--model.name.key`` and ``--model.name+``."""
         flag, saved = f"--{self.key}.{name}", self.arguments.get(name)
         if isinstance(value, dict) and isinstance(saved, dict) and any(a.startswith(f"{flag}.") for a in args):
             return saved | value
@@ -267,18 +267,18 @@ def _left_open(args: list[str]) -> list[str]:
 
 
 def _is_config(arg: str) -> bool:
-    """Whether an argument is ``--config`` or ``-c``, with its value or before it."""
+    """Return whether an argument is ``--config`` or ``-c``, with its value or before it."""
     return arg.split("=")[0] == "--config" or (arg.startswith("-c") and not arg.startswith("--"))
 
 
 def _num_classes_of(checkpoint: dict[str, Any] | None) -> Any:
-    """The number of classes of a checkpoint's model, for pictures without labels; ``None`` if it does not say."""
+    """Find the number of classes of a checkpoint's model, for pictures without labels; ``None`` if it does not say."""
     values = (checkpoint or {}).get("hyper_parameters")
     return values.get("num_classes") if isinstance(values, dict) else None
 
 
 def _from_checkpoint(args: list[str], checkpoint: dict[str, Any] | None) -> dict[str, _Saved]:
-    """What a checkpoint knows of the model and the data that the command line leaves open.
+    """Return what a checkpoint knows of the model and the data that the command line leaves open.
 
     Raises:
         ValueError: If it is not of one of our tasks or data modules.

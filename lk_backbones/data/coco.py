@@ -269,7 +269,7 @@ class CocoDataModule(DetectionDataModule):
 
     @property
     def has_masks(self) -> bool:
-        """Whether targets have masks; known after `setup`."""
+        """Return whether targets have masks; known after `setup`."""
         return self.masks is not False and all(dataset.masks for dataset in self._datasets.values())
 
     def load_classes(self) -> ClassTable:

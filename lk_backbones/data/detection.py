@@ -253,7 +253,7 @@ class DetectionDataModule(ImageDataModule):
 
     @property
     def has_masks(self) -> bool:
-        """Whether targets have masks; known after `setup`."""
+        """Return whether targets have masks; known after `setup`."""
         return True
 
     @property

@@ -147,7 +147,7 @@ def _read_plain_png(path: Path, grey: bool = False) -> np.ndarray | None:
 
 
 def _is_plain_png(content: bytes) -> bool:
-    """Whether all chunks of a PNG file are there, undamaged, and of the plain kinds."""
+    """Return whether all chunks of a PNG file are there, undamaged, and of the plain kinds."""
     view, place = memoryview(content), 8
     while place + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, place)

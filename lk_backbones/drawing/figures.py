@@ -38,7 +38,7 @@ class Figures(ABC):
 
     @abstractmethod
     def paths(self, batch: Any, unnamed: str) -> list[str]:
-        """A path or name for every picture of a batch; those that have none are numbered after ``unnamed``."""
+        """Return a path or name for every picture of a batch; those that have none are numbered after ``unnamed``."""
 
     @abstractmethod
     def compared(self, batch: Any, outputs: Any, i: int, path: str) -> Image.Image:

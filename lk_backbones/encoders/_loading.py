@@ -276,7 +276,7 @@ def build_pretrained(
 
 
 def _fetch(variant: str, config: PretrainedCfg, cache_dir: str | Path | None) -> Weights | None:
-    """The weights that a configuration leads to; ``None`` if timm is to read them itself."""
+    """Return the weights that a configuration leads to; ``None`` if timm is to read them itself."""
     if config.file or config.state_dict or config.source == "local-dir":
         return None
     registered = get_pretrained_cfg(f"{variant}.{config.tag}" if config.tag else variant)

@@ -106,7 +106,7 @@ def encoder_part(state: Mapping[str, Any], own: list[str]) -> dict[str, Any]:
 
 
 def _prefix(state: Mapping[str, Any], own: list[str]) -> str:
-    """What stands in front of the encoder's keys, such as ``backbone.body.`` in torchvision's detectors."""
+    """Return what stands in front of the encoder's keys, such as ``backbone.body.`` in torchvision's detectors."""
     bare = [key.removeprefix("model.") for key in own]
     flat, unflat = [key.replace(".", "_", 1) for key in bare], [key.replace("_", ".", 1) for key in bare]
     for names in (own, bare, flat, unflat):
@@ -168,7 +168,7 @@ def timm_names(encoder: nn.Module, full: nn.Module) -> dict[str, str]:
 
 
 def _of_family(full: nn.Module, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the file that a timm model's family lives in."""
+    """Return a function of the file that a timm model's family lives in."""
     found: Callable[..., Any] = getattr(import_module(type(full).__module__), name, default)
     return found
 

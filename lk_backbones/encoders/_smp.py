@@ -168,7 +168,7 @@ class _RepositorySettings(dict[str, Any]):
 
 
 def _preprocessing(name: str, pretrained: str) -> dict[str, Any]:
-    """What `smp.encoders.get_preprocessing_params` returns, from timm's configuration of the weights."""
+    """Return what `smp.encoders.get_preprocessing_params` returns, from timm's configuration of the weights."""
     config: Any = timm.get_pretrained_cfg(name if pretrained == "imagenet" else f"{name}.{pretrained}")
     return {"input_space": "RGB", "input_range": [0, 1], "mean": list(config.mean), "std": list(config.std)}
 

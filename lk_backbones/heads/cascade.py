@@ -112,7 +112,7 @@ class CascadeRoIHeads(nn.Module):
     def detect(
         self, features: dict[str, torch.Tensor], proposals: list[torch.Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections of every image; their masks are the mean of all stages' probabilities."""
+        """Find the objects of every image; their masks are the mean of all stages' probabilities."""
         boxes, logits, deltas = self.cascade(features, proposals, image_shapes)
         last = self.stages[-1]
         detections = [
@@ -130,7 +130,7 @@ class CascadeRoIHeads(nn.Module):
 
 
 def _best_class(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely class that is not background, ``(N, C + 1)`` to ``(N,)``."""
+    """Return the most likely class that is not background, ``(N, C + 1)`` to ``(N,)``."""
     return logits[:, 1:].argmax(dim=1) + 1
 
 

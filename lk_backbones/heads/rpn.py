@@ -122,7 +122,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         return labels, boxes
 
     def _inside(self, anchors: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
-        """Indices of the anchors inside an image, or of all where none is."""
+        """Return indices of the anchors inside an image, or of all where none is."""
         border = self.allowed_border
         everything = torch.arange(len(anchors), device=anchors.device)
         if border is None or border < 0:

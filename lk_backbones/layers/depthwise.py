@@ -57,7 +57,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _keeps_size(self) -> bool:
-        """Whether kernels are odd and the padding centres them; read anew each time, as users change attributes."""
+        """Return whether padding centres odd kernels; read anew each time, as users change attributes."""
         if any(size % 2 == 0 for size in self.kernel_size):
             return False
         same = tuple(step * (size // 2) for step, size in zip(self.dilation, self.kernel_size, strict=True))

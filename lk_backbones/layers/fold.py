@@ -164,7 +164,7 @@ def merge_kernels(convs: Iterable[nn.Conv2d]) -> list[nn.Conv2d]:
 def _fits(
     size: tuple[int, int], dilation: tuple[int, int], into_size: tuple[int, int], into_dilation: tuple[int, int]
 ) -> bool:
-    """Whether every tap of one kernel falls on a tap of another, both centred."""
+    """Return whether every tap of one kernel falls on a tap of another, both centred."""
     return all(
         k == 1 or (d % D == 0 and (k - 1) * (d // D) < K)
         for k, d, K, D in zip(size, dilation, into_size, into_dilation, strict=True)
@@ -176,7 +176,7 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in float64, on the CPU: some accelerators (Apple's) have no float64."""
+    """Return the values in float64, on the CPU: some accelerators (Apple's) have no float64."""
     tensor = tensor.detach()
     return (tensor if tensor.is_meta else tensor.cpu()).double()
 

@@ -50,7 +50,7 @@ class _Packed(nn.Module):
 
     @torch.jit.unused
     def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
-        """The packed copy, made anew if the weight or what it is packed for has changed."""
+        """Return the packed copy, made anew if the weight or what it is packed for has changed."""
         source = weight.data_ptr(), weight._version, arguments[1:]  # without the shape of the input
         packed = self._packed
         if packed is None or packed[0] is not weight or packed[1] != source:
@@ -104,12 +104,12 @@ class PackedConv2d(_Packed, nn.Conv2d):
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
-        """The convolution by other means."""
+        """Compute it by other means."""
         return self._conv_forward(input, self.weight, self.bias)
 
     @torch.jit.unused
     def _is_native(self, input: Tensor) -> bool:
-        """Whether oneDNN is the best way to compute it."""
+        """Return whether oneDNN is the best way to compute it."""
         return True
 
 
@@ -295,12 +295,12 @@ def unpack(layer: nn.Module) -> nn.Module:
 
 
 def fuses(act: nn.Module) -> bool:
-    """Whether oneDNN computes ``act`` along with the layer before it."""
+    """Return whether oneDNN computes ``act`` along with the layer before it."""
     return _onednn_activation(act) is not None
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether the module itself, not its class, has a ``forward``."""
+    """Return whether the module itself, not its class, has a ``forward``."""
     return "forward" in module.__dict__
 
 

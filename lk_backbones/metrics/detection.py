@@ -162,7 +162,7 @@ _COUNTER = np.dtype(np.int64)
 
 
 def _packed(number: int, columns: Sequence[torch.Tensor], masks: Sequence[Sequence[Rle]]) -> bytes:
-    """A picture as bytes: its id; every column with its number of rows; of every mask height, width, length, text."""
+    """Write a picture as bytes: id; every column with its number of rows; of every mask height, width, length, text."""
     parts: list[np.ndarray | bytes] = [np.array([number, len(masks)], np.int64)]
     for column, dtype in zip(columns, _COLUMNS.values(), strict=True):
         values = column.detach().cpu().numpy().astype(dtype)
@@ -175,7 +175,7 @@ def _packed(number: int, columns: Sequence[torch.Tensor], masks: Sequence[Sequen
 
 
 def _unpacked(record: bytes) -> tuple[int, list[torch.Tensor], list[tuple[Any, ...]]]:
-    """The reverse of `_packed`, with masks in the form in which torchmetrics keeps run lengths."""
+    """Reverse `_packed`, with masks in the form in which torchmetrics keeps run lengths."""
     place = 0
 
     def take(dtype: Any, count: int) -> np.ndarray:

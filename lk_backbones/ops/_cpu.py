@@ -153,12 +153,12 @@ def _instructions() -> str:
 
 
 def _needs_channels_last(input: Tensor, kernel_width: int) -> bool:
-    """Whether oneDNN is fast at this width in channels_last only, or the input is in that format anyway."""
+    """Return whether oneDNN is fast at this width in channels_last only, or the input is in that format anyway."""
     return is_channels_last(input) or kernel_width // 2 > widest_padding()
 
 
 def _is_worth_widening(kernel_width: int, map_width: int, batch: int) -> bool:
-    """Whether oneDNN's register blocking is so poor at this width in channels_last that 15 taps run in less time.
+    """Return whether oneDNN's register blocking is so poor at this width in channels_last that 15 taps take less time.
 
     On a single narrow map, padding the kernel costs what it saves.
     """

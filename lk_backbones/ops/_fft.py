@@ -23,7 +23,7 @@ ROWS_DETOUR, COLUMNS_DETOUR = 1.14, 1.4  # see good_length
 
 @functools.cache
 def good_length(length: int, detour: float) -> int:
-    """The even length of at least ``length`` whose transforms take the least time.
+    """Return the even length of at least ``length`` whose transforms take the least time.
 
     Lengths without a prime factor above 7 count; odd ones transform half as fast. Of the even ones multiples of 16 and,
     almost, of 24 are fastest; the others take up to ``detour`` times as long per element.
@@ -135,7 +135,7 @@ def _chunks(input: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, list[
 
 
 def _even_step(total: int, step: int) -> int:
-    """The largest step up to ``step`` that cuts ``total`` into parts of almost the same size."""
+    """Return the largest step up to ``step`` that cuts ``total`` into parts of almost the same size."""
     return math.ceil(total / math.ceil(total / step))
 
 

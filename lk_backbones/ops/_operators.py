@@ -60,7 +60,7 @@ def _padding(weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
 
 
 def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bool:
-    """Whether PyTorch's own operator is best whatever the map, so that nothing need stand between it and the caller."""
+    """Return whether PyTorch's own operator is best whatever the map, so that nothing need stand before it."""
     if device == "cpu":
         return weight.shape[3] <= 3 and dilation == (1, 1)
     return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
@@ -209,14 +209,14 @@ def _absent(like: Tensor) -> Tensor:
 
 
 def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
-    """The gradient in the weight's dtype and strides, as optimisers and DDP's buckets want it."""
+    """Return the gradient in the weight's dtype and strides, as optimisers and DDP's buckets want it."""
     if grad_weight.dtype == weight.dtype and grad_weight.stride() == weight.stride():
         return grad_weight
     return torch.empty_like(weight).copy_(grad_weight)
 
 
 def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
+    """Return maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
     if input.dtype in (torch.float16, torch.bfloat16):
         input, weight = input.float(), weight.float()
     maps = split_phases(input, dilation)

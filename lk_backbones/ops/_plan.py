@@ -37,7 +37,7 @@ class Plan:
 
 
 def resolve_method(method: str) -> str:
-    """The method that counts: the argument's, or the environment variable's where the argument leaves it open.
+    """Return the method that counts: the argument's, or the environment variable's where the argument leaves it open.
 
     Raises:
         ValueError: If the argument or the environment variable names no method.
@@ -51,7 +51,7 @@ def resolve_method(method: str) -> str:
 
 
 def wants_plain_convolution(*tensors: Tensor) -> bool:
-    """Whether something is at work that must see PyTorch's own operator.
+    """Return whether something is at work that must see PyTorch's own operator.
 
     Exporters and tracers (each of ONNX's exporters is one of them), whose results run elsewhere. Function transforms
     and forward-mode AD, in which registered operators do not take part: the latter would silently treat the output as

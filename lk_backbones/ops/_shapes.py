@@ -67,7 +67,7 @@ def join_phases(phases: Tensor, map_size: tuple[int, int], dilation: tuple[int, 
 
 
 def is_channels_last(maps: Tensor) -> bool:
-    """Whether ``(N, C, H, W)`` lies in memory in channels_last order; where both orders fit, it does not."""
+    """Return whether ``(N, C, H, W)`` lies in memory in channels_last order; where both orders fit, it does not."""
     return maps.shape[1] > 1 and maps.stride(1) == 1 and not maps.is_contiguous()
 
 
@@ -77,7 +77,7 @@ def memory_format(maps: Tensor) -> torch.memory_format:
 
 
 def nchw(maps: Tensor) -> Tensor:
-    """``maps`` contiguous in NCHW.
+    """Return ``maps`` contiguous in NCHW.
 
     PyTorch copies a strided tensor on all cores but walks through it badly where planes are large or strides powers of
     two; it transposes a matrix well but on one core. With one thread or two, one transpose per image can be faster.
@@ -99,7 +99,7 @@ def nchw(maps: Tensor) -> Tensor:
 
 
 def in_format(maps: Tensor, wanted: torch.memory_format) -> Tensor:
-    """``maps`` in the memory format ``wanted``, copied only if need be, and no view.
+    """Return ``maps`` in the memory format ``wanted``, copied only if need be, and no view.
 
     Autograd forbids in-place changes, such as an activation's, to a view that an operator returns.
     """
@@ -110,6 +110,6 @@ def in_format(maps: Tensor, wanted: torch.memory_format) -> Tensor:
 
 @functools.cache
 def taps_inside(length: int, kernel: int) -> int:
-    """Number of (pixel, tap) pairs along one axis whose tap falls inside a map of that length."""
+    """Return the number of (pixel, tap) pairs along one axis whose tap falls inside a map of that length."""
     half = kernel // 2
     return sum(min(length - 1, i + half) - max(0, i - half) + 1 for i in range(length))

@@ -97,7 +97,7 @@ def explain(
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to a convolution's operand."""
+    """Do what autocast does to a convolution's operand."""
     return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
 
 

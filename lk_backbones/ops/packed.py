@@ -131,5 +131,5 @@ def packed_linear(
 
 
 def _is_product(kernel_size: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int) -> bool:
-    """Whether every output pixel is one matrix times the input pixel."""
+    """Return whether every output pixel is one matrix times the input pixel."""
     return tuple(kernel_size) == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1

@@ -108,7 +108,7 @@ def _smp_model(weights: Weights) -> nn.Module:
 
 
 def _published_model(weights: Weights, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    """The model of a bare published file: by name, else by its keys and shapes."""
+    """Return the model of a bare published file: by name, else by its keys and shapes."""
     if not isinstance(kwargs, dict) or (loading := weight_arguments(kwargs)):
         wrong = f"{', '.join(loading)} say where weights lie" if isinstance(kwargs, dict) else f"not {shorten(kwargs)}"
         raise WeightsError(f"the model's keyword arguments must be a dictionary of what the model is: {wrong}")

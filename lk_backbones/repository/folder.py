@@ -89,7 +89,7 @@ _WRITTEN = (_CONFIG, "README.md", "model.safetensors", "task.safetensors")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The checksums that a folder's ``config.json`` holds; empty if it is not as it was written."""
+    """Return the checksums that a folder's ``config.json`` holds; empty if it is not as it was written."""
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         record = config[_OURS][_RECORD]

@@ -112,7 +112,7 @@ def write_repository(
 def _published(
     info: RepositoryInfo, weights: Weights | None
 ) -> tuple[PublishedWeights | None, PublishedWeights | None]:
-    """The catalogue's entry, if it is published weights that are published again.
+    """Return the catalogue's entry, if it is published weights that are published again.
 
     Returns:
         The entry, if the file is known to be it: by its checksum, or because it came from the authors' repository. And
@@ -174,7 +174,7 @@ def _write_encoder(encoder: nn.Module, folder: Path, published: PublishedWeights
 
 
 def _whole_model(encoder: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The whole timm model around an encoder's weights, without a classifier.
+    """Return the whole timm model around an encoder's weights, without a classifier.
 
     Returns:
         The model, and those of its tensors that the encoder does not have: of the norm in front of the classifier.
@@ -238,7 +238,7 @@ def _write_smp_model(model: Any, folder: Path, preprocessing: dict[str, list[flo
 
 
 def _encoder_preprocessing(encoder: nn.Module) -> dict[str, list[float]]:
-    """What the encoder's weights expect, or ImageNet's mean and standard deviation."""
+    """Return what the encoder's weights expect, or ImageNet's mean and standard deviation."""
     config = getattr(getattr(encoder, "model", None), "pretrained_cfg", None) or {}
     return {
         "mean": list(config.get("mean", IMAGENET_DEFAULT_MEAN)),
@@ -277,7 +277,7 @@ def _write_task(task: BaseTask, folder: Path) -> CardFacts:
 
 
 def _checkpoint_metrics(content: dict[str, Any]) -> dict[str, float]:
-    """What the callbacks of a training watched, with their best values."""
+    """Return what the callbacks of a training watched, with their best values."""
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, dict) else []
     return {

@@ -378,7 +378,7 @@ def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
 
 
 def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[list[float], list[float]]:
-    """The arguments ``mean`` and ``std``, else those of the encoder's weights, else ImageNet's."""
+    """Return the arguments ``mean`` and ``std``, else those of the encoder's weights, else ImageNet's."""
     channels = hparams["in_channels"]
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
     std: Sequence[float] = IMAGENET_DEFAULT_STD

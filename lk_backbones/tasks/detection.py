@@ -149,7 +149,7 @@ class DetectionTask(BaseTask):
 
     @property
     def has_masks(self) -> bool:
-        """Whether the detector predicts masks."""
+        """Return whether the detector predicts masks."""
         return bool(self.model.needs_masks)
 
     @property
@@ -374,7 +374,7 @@ def _check_arguments(hparams: Any) -> None:
 
 
 def _without_crowds(target: Target, keys: tuple[str, ...]) -> Target:
-    """What the network sees of a target."""
+    """Return what the network sees of a target."""
     kept = {key: target[key] for key in keys if key in target}
     if "iscrowd" in target and target["iscrowd"].any():
         single = target["iscrowd"] == 0
@@ -383,7 +383,7 @@ def _without_crowds(target: Target, keys: tuple[str, ...]) -> Target:
 
 
 def _pictures(batch: Any, batch_idx: int) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """The images of a batch of either form, and what is known of each: path, image_id, original_size."""
+    """Return the images of a batch of either form, and what is known of each: path, image_id, original_size."""
     if isinstance(batch, Mapping):
         images = list(batch["image"])
         keys = [key for key in ("path", "image_id", "original_size") if key in batch]

@@ -62,7 +62,7 @@ class EncoderSpec:
 
     @property
     def is_timm(self) -> bool:
-        """Whether timm builds it."""
+        """Return whether timm builds it."""
         return self.name.startswith("tu-")
 
 
@@ -151,7 +151,7 @@ def resolve_encoder(
 
 
 def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[str, Any]) -> EncoderSpec:
-    """An encoder that is named by a Hub repository or folder: its architecture and weights."""
+    """Resolve an encoder that a Hub repository or folder names: its architecture and weights."""
     config, pinned = pull_config(source)
     if config.get("architecture") is None:
         raise ValueError(f"encoder='{source}': its config.json names no timm model ('architecture')")

@@ -120,7 +120,7 @@ def parameter_groups(
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    """Whether a layer normalises: its class or a base of it says so, as in torch, timm and torchvision."""
+    """Return whether a layer normalises: its class or a base of it says so, as in torch, timm and torchvision."""
     return any("norm" in base.__name__.lower() for base in type(layer).__mro__)
 
 

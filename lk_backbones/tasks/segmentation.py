@@ -384,7 +384,7 @@ class SegmentationTask(BaseTask):
             data.set_test_scales([] if stage == "fit" else self._test_scales)
 
     def _checked_mask(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The batch's labels as int64 ``(N, H, W)``; on a GPU a wrong one would end the process without a word."""
+        """Return the batch's labels, int64 ``(N, H, W)``; on a GPU a wrong one would end the process without a word."""
         mask: torch.Tensor = batch["mask"]
         num_classes, ignore_index = self.hparams["num_classes"], self.hparams["ignore_index"]
         wrong = (mask < 0) | (mask >= num_classes)

@@ -192,13 +192,13 @@ def check_buildable(
 
 
 def _computes(error: BaseException) -> bool:
-    """Whether a model could not be built without memory because its constructor computes with its tensors."""
+    """Return whether a model could not be built without memory because its constructor computes with its tensors."""
     if isinstance(error, WeightsError) and error.__cause__ is not None:
         error = error.__cause__
     return isinstance(error, NotImplementedError) or (not isinstance(error, WeightsError) and "meta" in str(error))
 
 
 def not_buildable(where: str, error: Exception) -> WeightsError:
-    """The error to raise where a model cannot be built that a file describes."""
+    """Return the error to raise where a model cannot be built that a file describes."""
     reason = shorten(str(error), 500)
     return WeightsError(f"{where} describes a model that cannot be built here: {reason} ({type(error).__name__})")

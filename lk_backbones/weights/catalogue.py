@@ -93,7 +93,7 @@ class PublishedWeights:
         return "hub" if self.hub and self.file else "mirror" if self.url else "drive"
 
     def cached_file(self, namespace: str | None = None) -> Path | None:
-        """The file in the local cache, from the namespace's repository or from where it was published."""
+        """Return the file in the local cache, from the namespace's repository or from where it was published."""
         candidates: list[Any] = []
         if namespace:
             candidates.append(try_to_load_from_cache(f"{namespace}/{self.name}", "model.safetensors"))
@@ -121,7 +121,7 @@ def _entry(row: dict[str, Any]) -> PublishedWeights:
 
 
 def list_published(pattern: str = "*", task: str | None = None) -> list[PublishedWeights]:
-    """Published weights, in the order of the families.
+    """Return published weights, in the order of the families.
 
     Args:
         pattern: Shell-style pattern of names, such as ``"*replknet_31b*"``.
@@ -134,13 +134,13 @@ def list_published(pattern: str = "*", task: str | None = None) -> list[Publishe
 
 
 def find_published(name: str) -> PublishedWeights | None:
-    """Published weights by name; an architecture alone means its first weights."""
+    """Return published weights by name; an architecture alone means its first weights."""
     published = _catalogue().get(name)
     return published or next((w for w in _catalogue().values() if w.architecture == name), None)
 
 
 def identify_published(file: Path) -> PublishedWeights | None:
-    """Published weights that a file is, by its name as published or by its checksum."""
+    """Return published weights that a file is, by its name as published or by its checksum."""
     names = {name: w for w in _catalogue().values() for name in (w.file, w.url and w.url.rpartition("/")[2]) if name}
     if file.name in names:
         return names[file.name]
@@ -148,7 +148,7 @@ def identify_published(file: Path) -> PublishedWeights | None:
 
 
 def published_by_checksum(sha256: str) -> PublishedWeights | None:
-    """Published weights whose file has this checksum, as far as the catalogue knows it."""
+    """Return published weights whose file has this checksum, as far as the catalogue knows it."""
     return next((w for w in _catalogue().values() if w.sha256 and sha256.startswith(w.sha256)), None)
 
 

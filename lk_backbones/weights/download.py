@@ -141,7 +141,7 @@ def fetch_from_hub(repo: str, filename: str, revision: str | None = None) -> Hub
 
 
 def is_missing(error: DownloadError) -> bool:
-    """Whether the server said that the repository or file does not exist, as opposed to anything going wrong."""
+    """Return whether the server said that the repository or file does not exist, as opposed to anything going wrong."""
     cause = error.__cause__
     return isinstance(cause, EntryNotFoundError | RepositoryNotFoundError) and not isinstance(
         cause, LocalEntryNotFoundError | GatedRepoError
@@ -209,14 +209,14 @@ _looking: ContextVar[_Answers | None] = ContextVar("_looking", default=None)
 
 
 def _show(response: Any, *args: Any, **kwargs: Any) -> None:
-    """Called by every session of the client for each answer."""
+    """Look at an answer; called by every session of the client for each answer."""
     answers = _looking.get()
     if answers is not None:
         answers.look_at(response)
 
 
 def _session() -> Any:
-    """The client's session, which shows its answers.
+    """Return the client's session, which shows its answers.
 
     It takes the place of the client's own `get_session`: a server can make the client drop its session in the middle of
     a download, by failing a connection, and the client then asks again with a new one.
@@ -247,13 +247,13 @@ def _snapshots(repo: str) -> Path:
 
 
 def _cached(repo: str, filename: str) -> set[str]:
-    """The commits of which the cache has the file."""
+    """Return the commits of which the cache has the file."""
     folder = _snapshots(repo)
     return {commit.name for commit in (folder.iterdir() if folder.is_dir() else ()) if (commit / filename).exists()}
 
 
 def _commit_of(path: Path, repo: str) -> str | None:
-    """The commit that a file of the cache belongs to; ``None`` if it lies elsewhere."""
+    """Return the commit that a file of the cache belongs to; ``None`` if it lies elsewhere."""
     parent = _snapshots(repo).parent.name  # …/models--owner--name/snapshots/COMMIT/…
     places = [i for i, part in enumerate(path.parts[:-2]) if part == parent and path.parts[i + 1] == "snapshots"]
     commit = path.parts[places[-1] + 2] if places else ""
@@ -261,7 +261,7 @@ def _commit_of(path: Path, repo: str) -> str | None:
 
 
 def _blob_of(path: Path) -> Path | None:
-    """What a file of the cache is a link to; ``None`` where the cache has no links."""
+    """Return what a file of the cache is a link to; ``None`` where the cache has no links."""
     return Path(os.path.abspath(path.parent / os.readlink(path))) if path.is_symlink() else None
 
 
@@ -290,7 +290,7 @@ def _compare_with_announced(path: Path, announced: str | None) -> tuple[str | No
 
 
 def _git_sha1_of(file: Path) -> str:
-    """What git calls a file."""
+    """Return what git calls a file."""
     digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -366,7 +366,7 @@ def _endpoint() -> str:
 
 
 def _hide_credentials(error: BaseException) -> None:
-    """The client's errors hold addresses, and a traceback shows them."""
+    """Hide the causes: the client's errors hold addresses, and a traceback shows them."""
     for link in _chain(error):
         link.args = tuple(without_credentials(text) if isinstance(text, str) else text for text in link.args)
 
@@ -393,7 +393,7 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether another attempt may help: the connection broke in the middle, or the server was busy."""
+    """Return whether another attempt may help: the connection broke in the middle, or the server was busy."""
     if isinstance(error, LocalEntryNotFoundError):
         # The client has already tried repeatedly; clients before 1.0 not where the server said "too many requests".
         return _status(error) == 429 and int(huggingface_hub.__version__.partition(".")[0]) < 1

@@ -19,13 +19,13 @@ class WeightMismatchError(WeightsError, RuntimeError):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The end of an error message: names that resemble a wrong one."""
+    """Return the end of an error message: names that resemble a wrong one."""
     close = difflib.get_close_matches(name.lower(), list(candidates), n=4, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
 def shorten(value: object, length: int = 80) -> str:
-    """A value as an error message shows it: as Python writes it, cut to a length."""
+    """Return a value as an error message shows it: as Python writes it, cut to a length."""
     try:
         text = repr(value)
     except Exception:  # of an integer of too many digits, of too deep a value, of an odd tensor

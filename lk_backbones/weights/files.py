@@ -189,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unsafe_globals(file: Path, error: Exception) -> list[str]:
-    """What a pickle asks for that is not allowed; nothing if it is only damaged."""
+    """Return what a pickle asks for that is not allowed; nothing if it is only damaged."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))

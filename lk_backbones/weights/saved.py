@@ -136,7 +136,7 @@ def _why_unreadable(stream: IO[bytes], error: Exception) -> str:
 
 
 def own_classes(package: types.ModuleType, base: type[T]) -> dict[str, type[T]]:
-    """The classes that a package of ours exports and that can be built, by name.
+    """Return the classes that a package of ours exports and that can be built, by name.
 
     Args:
         package: The package, with ``__all__``.
@@ -154,7 +154,7 @@ def own_classes(package: types.ModuleType, base: type[T]) -> dict[str, type[T]]:
 
 
 def find_class(cls: type[T], class_path: object, known: Mapping[str, type[T]], where: str, flag: str) -> type[T]:
-    """The class to build for a checkpoint. Names are looked up among our own classes; nothing is imported.
+    """Return the class to build for a checkpoint. Names are looked up among our own classes; nothing is imported.
 
     Args:
         cls: The class that is asked for: an abstract base, one of ours, or somebody's subclass of it.
@@ -184,7 +184,7 @@ def find_class(cls: type[T], class_path: object, known: Mapping[str, type[T]], w
 
 
 def _names(name: str, cls: type) -> list[str]:
-    """A class's name alone, and in its module and every package around that, as it may lie deeper than its export."""
+    """Return a class's name alone, and in its module and every package around it: it may lie deeper than its export."""
     modules = list(accumulate(cls.__module__.split("."), "{}.{}".format))
     return [name, *(f"{module}.{name}" for module in modules)]
 
@@ -308,7 +308,7 @@ def _is_finite(value: Any, depth: int) -> bool:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a plain value is of a type; lists pass for tuples and the reverse, integers for floats.
+    """Return whether a plain value is of a type; lists pass for tuples and the reverse, integers for floats.
 
     Args:
         value: Plain value.

@@ -82,12 +82,12 @@ class Weights:
 
 
 def default_namespace() -> str | None:
-    """The Hub namespace that mirrors published weights, from ``LK_BACKBONES_NAMESPACE``."""
+    """Return the Hub namespace that mirrors published weights, from ``LK_BACKBONES_NAMESPACE``."""
     return os.environ.get(NAMESPACE_VARIABLE) or None
 
 
 def is_source(text: str | os.PathLike[str]) -> bool:
-    """Whether a text is a source by its form: a Hub repository, or a file or folder on this machine."""
+    """Return whether a text is a source by its form: a Hub repository, or a file or folder on this machine."""
     text = os.fspath(text)
     return (
         text.startswith(_PREFIXES)
@@ -261,7 +261,7 @@ def _best_file(repo: str, revision: str | None) -> HubFile:
 
 
 def _fetch_config(repo: str, commit: str) -> HubFile | None:
-    """The ``config.json`` beside weights that are here already; a repository need not have one."""
+    """Return the ``config.json`` beside weights that are here already; a repository need not have one."""
     try:
         return _fetch_if_there(repo, "config.json", commit)
     except DownloadError as error:
@@ -289,7 +289,7 @@ def _fetch_if_there(repo: str, filename: str, revision: str | None) -> HubFile |
 
 
 def _is_offline(error: DownloadError) -> bool:
-    """Whether a file is not in the cache and nobody may be asked whether there is one."""
+    """Return whether a file is not in the cache and nobody may be asked whether there is one."""
     return bool(constants.HF_HUB_OFFLINE) and isinstance(error.__cause__, LocalEntryNotFoundError)
 
 
@@ -379,7 +379,7 @@ def pull_url(
 
 
 def how_to_get(published: PublishedWeights) -> str:
-    """What a user does about weights that no program can fetch."""
+    """Return what a user does about weights that no program can fetch."""
     on_hub = ""
     if published.hub:
         on_hub = (

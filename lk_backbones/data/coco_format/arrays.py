@@ -23,7 +23,7 @@ def view(numbers: "array[Any]") -> np.ndarray:
 
 
 def tensor_of(numbers: "array[Any]") -> torch.Tensor:
-    """The numbers themselves, not a copy."""
+    """Return the numbers themselves, not a copy."""
     dtype = {"q": torch.int64, "i": torch.int32, "d": torch.float64}[numbers.typecode]
     return torch.frombuffer(numbers, dtype=dtype) if len(numbers) else torch.zeros(0, dtype=dtype)
 
