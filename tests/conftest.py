@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def feature_strides(name: str) -> list[int]:
     """Strides of the maps that a registered encoder says it has."""
     with torch.device("meta"):
         return [level["reduction"] for level in timm.create_model(name).feature_info]
+
+
+@pytest.fixture(autouse=True)
+def settings_of_torch_stay_within_a_test() -> Iterator[None]:
+    """A trainer with ``deterministic=True`` leaves it set in the process, and some of torch's operators then refuse."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
