@@ -49,6 +49,16 @@ class _Packed(nn.Module):
         self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     @torch.jit.unused
+    def _takes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Return whether the packed copy can be used; drop it where the weight is being trained.
+
+        PyTorch does not count what its fused optimisers change.
+        """
+        if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._packed = None
+        return takes_packed_weight(input, weight, bias)
+
+    @torch.jit.unused
     def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
         """Return the packed copy, made anew if the weight or what it is packed for has changed."""
         source = weight.data_ptr(), weight._version, arguments[1:]  # without the shape of the input
@@ -69,9 +79,9 @@ class PackedConv2d(_Packed, nn.Conv2d):
     """``nn.Conv2d`` and the activation after it, with a packed copy of the weight.
 
     The copy takes as much memory as the weight, is made at the first call that can use it (float32, channels_last, no
-    gradient wanted) and made anew when the weight has changed, but for a change through ``weight.data``, which PyTorch
-    does not count. State dict, copies and pickles are as without it. Where the copy cannot be used, the layer computes
-    what its parts would. `pack` makes one of an existing layer.
+    gradient wanted) and made anew when the weight has changed or was trained, but for a change through
+    ``weight.data``, which PyTorch does not count. State dict, copies and pickles are as without it. Where the copy
+    cannot be used, the layer computes what its parts would. `pack` makes one of an existing layer.
 
     Args:
         *args: As ``nn.Conv2d``.
@@ -95,7 +105,7 @@ class PackedConv2d(_Packed, nn.Conv2d):
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(self._unpacked(input))
         activation, weight, padding = _onednn_activation(self.act), self.weight, self.padding
-        simple = self.padding_mode == "zeros" and takes_packed_weight(input, weight)
+        simple = self._takes(input, weight, self.bias) and self.padding_mode == "zeros"
         if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
             return self.act(self._unpacked(input))
         geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
@@ -138,7 +148,7 @@ class PackedLinear(_Packed, nn.Linear):
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(F.linear(input, self.weight, self.bias))
         activation, weight = _onednn_activation(self.act), self.weight
-        if activation is None or not takes_packed_weight(input, weight):
+        if not self._takes(input, weight, self.bias) or activation is None:
             return self.act(F.linear(input, weight, self.bias))
         return packed_linear(input, self._packed_weight(weight), self.bias, activation)
 

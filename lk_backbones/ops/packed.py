@@ -25,26 +25,30 @@ from lk_backbones.ops._shapes import is_channels_last
 __all__ = ["pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
 
 
-def takes_packed_weight(input: Tensor, weight: Tensor) -> bool:
+def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `packed_conv2d` can stand in for a convolution, or `packed_linear` for a linear layer.
 
     They have no derivative and are made for float32 (maps in channels_last) on CPUs with oneDNN; exporters, tracers and
     compilers cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a
-    packed copy could go out of date.
+    packed copy could go out of date. They do not check what a layer does: a bias is read as ``(O,)`` numbers in a row.
 
     Args:
         input: ``(N, C, H, W)``, or ``(*, C)`` for a linear layer.
         weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; not packed.
+        bias: ``(O,)`` or ``None``.
     """
+    tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
-        input.dtype == weight.dtype == torch.float32
-        and input.device.type == weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        not torch.compiler.is_compiling()
+        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and input.layout == torch.strided
+        and not input.is_nested
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not operators_are_watched()  # who looks at operators knows others
-        and not wants_plain_convolution(input, weight)
-        and (input.dim() >= 2 if weight.dim() == 2 else input.dim() == 4 and is_channels_last(input))
+        and not wants_plain_convolution(*tensors)
+        and (_is_rows(input, weight) if weight.dim() == 2 else input.dim() == 4 and is_channels_last(input))
         and not weight.is_inference()
         and bool(torch.backends.mkldnn.enabled)
         and has_packed_operators()
@@ -128,6 +132,11 @@ def packed_linear(
         ``(*, O)``. No gradient flows through it.
     """
     return linear_pointwise(input, packed, bias, activation)
+
+
+def _is_rows(input: Tensor, weight: Tensor) -> bool:
+    """Return whether a linear layer takes the input, as more than one vector."""
+    return input.dim() >= 2 and input.shape[-1] == weight.shape[1]
 
 
 def _is_product(kernel_size: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int) -> bool:

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import GlobalResponseNormMlp, Mlp
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lk_backbones import prepack_weights
@@ -436,3 +437,63 @@ def test_a_timm_model_of_linear_layers() -> None:
         assert len(acts) == sum(
             isinstance(m, PackedLinear | PackedConv2d) and fuses(m.act) and m.act in acts for m in packed.modules()
         )
+
+
+def linear_and_convolution() -> list[tuple[nn.Module, nn.Module, torch.Tensor]]:
+    """Packed layers of each kind, used once, with their plain twins and an input."""
+    torch.manual_seed(0)
+    out = []
+    for plain, input in ((nn.Linear(8, 6), torch.randn(5, 8)), (nn.Conv2d(8, 6, 3), MAPS), (nn.Conv2d(8, 6, 1), MAPS)):
+        layer = copy.deepcopy(plain)
+        assert pack(layer)
+        with torch.no_grad():
+            layer(input)
+        out.append((layer, plain, input))
+    return out
+
+
+def test_a_weight_that_a_fused_optimizer_changed_is_packed_anew() -> None:
+    for layer, plain, input in linear_and_convolution():
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+        layer(input).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(layer.weight, plain.weight)
+        plain.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(input), plain(input), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_trained_alone_gets_its_gradients() -> None:
+    for layer, plain, input in linear_and_convolution():
+        for module in (layer, plain):
+            module.weight.requires_grad_(False)
+            module(input).square().sum().backward()
+        torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=1e-4, atol=1e-4)
+        with torch.no_grad(), forward_ad.dual_level():
+            bias = {"bias": forward_ad.make_dual(torch.zeros(6), torch.ones(6))}
+            output = forward_ad.unpack_dual(torch.func.functional_call(layer, bias, (input,)))
+            torch.testing.assert_close(output.tangent, torch.ones_like(output.primal))
+
+
+BIASES = {"strided": torch.arange(12.0)[::2], "one for all": torch.ones(1).expand(6)}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_may_lie_in_memory_as_it_likes(bias: str) -> None:
+    for layer, plain, input in linear_and_convolution():
+        layer.bias = plain.bias = nn.Parameter(BIASES[bias])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(input), plain(input), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_linear_layer_takes_every_input_that_a_linear_layer_takes() -> None:
+    layer, plain, tokens = linear_and_convolution()[0]
+    with torch.no_grad():
+        expected = plain(tokens)
+        for input in (tokens.to_sparse(), tokens.to_sparse_csr()):
+            torch.testing.assert_close(layer(input), expected, rtol=1e-5, atol=1e-5)
+        for layout in (torch.strided, torch.jagged):
+            nested = torch.nested.nested_tensor([tokens[:2], tokens[2:]], layout=layout)
+            torch.testing.assert_close(torch.cat(layer(nested).unbind()), expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):  # although there is nothing to multiply
+            layer(torch.zeros(0, 9))
