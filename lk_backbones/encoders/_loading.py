@@ -14,7 +14,7 @@ from timm.models import (
     PretrainedCfg,
     adapt_input_conv,
     build_model_with_cfg,
-    get_pretrained_cfg,
+    get_arch_pretrained_cfgs,
     resolve_pretrained_cfg,
 )
 from torch import nn
@@ -279,10 +279,12 @@ def _fetch(variant: str, config: PretrainedCfg, cache_dir: str | Path | None) ->
     """Return the weights that a configuration leads to; ``None`` if timm is to read them itself."""
     if config.file or config.state_dict or config.source == "local-dir":
         return None
-    registered = get_pretrained_cfg(f"{variant}.{config.tag}" if config.tag else variant)
-    places = [(c.url, c.hf_hub_id) for c in (config, registered) if c is not None]
-    if config.source is None and places[0] == places[-1] and config.tag:  # nobody said otherwise
-        published = find_published(f"{variant}.{config.tag}")
+    name = f"{variant}.{config.tag}" if config.tag else variant
+    # somebody's own configuration may have a tag of theirs, which timm's registry does not know
+    registered = get_arch_pretrained_cfgs(variant).get(name)
+    said_otherwise = registered is None or (config.url, config.hf_hub_id) != (registered.url, registered.hf_hub_id)
+    if config.source is None and config.tag and not said_otherwise:
+        published = find_published(name)
         if published is None:
             raise WeightsError(
                 "Nobody published any. pretrained_cfg_overlay={'file': …} loads a file of yours, and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_timm_adapts_them_as_always(mirror: str, trained: nn.Module) -> None:
     torch.testing.assert_close(model.stem[0].conv.weight, summed, rtol=0, atol=1e-6)
     assert torch.equal(model.stages[3].blocks[1].pw2.conv.weight, trained.stages[3].blocks[1].pw2.conv.weight)
     assert model.head.fc.out_features == 3
+
+
+def test_a_configuration_with_a_tag_of_ones_own(mirror: str, trained: nn.Module, hub: LoopbackHub) -> None:
+    config = {"url": mirror, "tag": "mine", "first_conv": "stem.0.conv", "classifier": "head.fc"}
+    model = timm.create_model("replknet_31n", pretrained=True, pretrained_cfg=config, **SMALL)
+    assert torch.equal(model.head.fc.weight, trained.head.fc.weight)
+    lk_hub.push(trained, "you/encoder")
+    repository = hub.repositories["you/encoder"]
+    found = repository.files("main")
+    assert found is not None
+    settings = json.loads(found[1]["config.json"])
+    settings["pretrained_cfg"]["tag"] = "mine"
+    repository.commit({"config.json": json.dumps(settings).encode()})
+    model = timm.create_model("hf-hub:you/encoder", pretrained=True)
+    assert torch.equal(model.head.fc.weight, trained.head.fc.weight)
+    with pytest.raises(WeightsError, match="of no place where they lie"):
+        timm.create_model("replknet_31n", pretrained=True, pretrained_cfg=config | {"url": ""}, **SMALL)
 
 
 def test_values_are_looked_at(hub: LoopbackHub, trained: nn.Module) -> None:
