@@ -110,7 +110,8 @@ def _prefix(state: Mapping[str, Any], own: list[str]) -> str:
     bare = [key.removeprefix("model.") for key in own]
     flat, unflat = [key.replace(".", "_", 1) for key in bare], [key.replace("_", ".", 1) for key in bare]
     for names in (own, bare, flat, unflat):
-        for candidate in [key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}")]:
+        # none first: what is around it may hold a copy of it, such as a teacher
+        for candidate in ["", *(key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}"))]:
             if 2 * sum(candidate + name in state for name in names) > len(names):
                 return candidate
     # in the published naming, which resembles none of ours

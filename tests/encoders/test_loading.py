@@ -132,3 +132,21 @@ def test_a_filter_that_stumbles_is_one_error(tmp_path: Path) -> None:
     state["pos_embed"] = torch.ones(2, dtype=torch.int32)
     with pytest.raises(lk_hub.WeightsError, match=r"'file\.pth' does not hold weights of 'vit_tiny_patch16_224'"):
         lk_hub.load_weights(model, Weights(state, {}, "file.pth", tmp_path))
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_copy_beside_the_encoder_is_not_taken_for_it(first: bool, features_only: bool) -> None:
+    model = timm.create_model("replknet_31n", depths=(1, 1, 1, 1), kernel_sizes=3)
+    own = model.state_dict()
+    copies = {
+        f"{name}.{key}": torch.zeros_like(value) for name in ("teacher", "backbone") for key, value in own.items()
+    }
+    encoder = timm.create_model("replknet_31n", depths=(1, 1, 1, 1), kernel_sizes=3, features_only=features_only)
+    report = lk_hub.load_weights(
+        encoder, Weights(copies | own if first else own | copies, {}, "mine", Path("mine")), strict=False
+    )
+    loaded = {key.replace("stem_", "stem.").replace("stages_", "stages."): v for key, v in encoder.state_dict().items()}
+    assert len(report.loaded) == len(loaded)
+    for key, value in loaded.items():
+        assert torch.equal(value, own[key]), key
