@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.core.saving import load_hparams_from_yaml
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from PIL import Image
 
 from lk_backbones.cli import main
@@ -561,6 +562,30 @@ def test_other_modules_and_runs_without_a_seed(tmp_path: Path, monkeypatch: pyte
     assert torch.load(first, weights_only=True)["global_step"] == torch.load(second, weights_only=True)["global_step"]
     main(["validate", *other, "--ckpt_path", str(first), *short[:-2]])
     main(["predict", *other, "--ckpt_path", str(first), *short[:-2]])
+
+
+class ModelOfTwoClasses(BoringModel):
+    """Somebody's module with a number of classes."""
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+
+class DataKnownLate(BoringDataModule):
+    """Somebody's data module that reads its classes in `setup`."""
+
+    classes: list[str] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)  # type: ignore[arg-type]
+
+
+def test_data_that_know_their_classes_late_leave_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = ["--model", f"{__name__}.ModelOfTwoClasses", "--data", f"{__name__}.DataKnownLate"]
+    main(["fit", *other, *TINY, "--trainer.fast_dev_run", "true"])
 
 
 @pytest.mark.parametrize(

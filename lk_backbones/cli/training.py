@@ -99,7 +99,7 @@ def _run(args: list[str]) -> None:
             data = self.parser.instantiate_classes(only_data)[command]["data"]
             # What has read its classes is used, rather than a second one.
             self.parser.add_instantiator(lambda *_, **__: data, type(data), subclasses=False, prepend=True)
-            number = getattr(data, "num_classes", None) or _num_classes_of(checkpoint)
+            number = _num_classes_of_data(data) or _num_classes_of(checkpoint)
             if isinstance(number, int):
                 arguments["num_classes"] = number
             # Lightning's copy, of which the checkpoint's hyper-parameters are made, is of before.
@@ -269,6 +269,18 @@ def _left_open(args: list[str]) -> list[str]:
 def _is_config(arg: str) -> bool:
     """Return whether an argument is ``--config`` or ``-c``, with its value or before it."""
     return arg.split("=")[0] == "--config" or (arg.startswith("-c") and not arg.startswith("--"))
+
+
+def _num_classes_of_data(data: Any) -> Any:
+    """Ask a data module for its number of classes; ``None`` if it has none, or knows it only after ``setup()``."""
+    from lk_backbones.data.datamodule import PictureDataModule
+
+    try:
+        return getattr(data, "num_classes", None)
+    except Exception:
+        if isinstance(data, PictureDataModule):
+            raise  # what is wrong with the data
+        return None
 
 
 def _num_classes_of(checkpoint: dict[str, Any] | None) -> Any:
