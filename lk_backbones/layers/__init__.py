@@ -6,6 +6,7 @@ from lk_backbones.layers.fold import (
     fold_norm_into_next,
     fold_norm_into_previous,
     fold_scale_into_previous,
+    fold_shift_into_next,
     is_foldable,
     merge_kernels,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "fold_norm_into_next",
     "fold_norm_into_previous",
     "fold_scale_into_previous",
+    "fold_shift_into_next",
     "is_foldable",
     "merge_kernels",
     "prepack_weights",

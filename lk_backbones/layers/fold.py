@@ -20,6 +20,7 @@ __all__ = [
     "fold_norm_into_next",
     "fold_norm_into_previous",
     "fold_scale_into_previous",
+    "fold_shift_into_next",
     "is_foldable",
     "merge_kernels",
     "norm_scale",
@@ -67,10 +68,7 @@ def fold_norm_into_next(norm: nn.Module, layer: nn.Conv2d | nn.Linear) -> None:
         ValueError: If ``layer`` is padded, grouped or larger than 1×1, or ``norm`` is no batch norm with running
             statistics, or one of other channels.
     """
-    if isinstance(layer, nn.Conv2d) and not (
-        layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), 0, "valid", "same")
-    ):
-        raise ValueError(f"a norm folds only into a following dense 1x1 convolution without padding, got {layer}")
+    _check_pointwise(layer, "a norm")
     weight, bias = _weight_and_bias(layer)
     mean, _, _, _, shift = _statistics(norm)
     if len(mean) != weight.shape[1]:
@@ -78,6 +76,13 @@ def fold_norm_into_next(norm: nn.Module, layer: nn.Conv2d | nn.Linear) -> None:
     scale = norm_scale(norm)
     per_input = scale.reshape(1, -1, *[1] * (weight.dim() - 2))
     _set_folded(layer, weight * per_input, bias + weight.flatten(1) @ (shift - mean * scale))
+
+
+def _check_pointwise(layer: nn.Conv2d | nn.Linear, what: str) -> None:
+    if isinstance(layer, nn.Conv2d) and not (
+        layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), 0, "valid", "same")
+    ):
+        raise ValueError(f"{what} folds only into a following dense 1x1 convolution without padding, got {layer}")
 
 
 def norm_scale(norm: nn.Module) -> torch.Tensor:
@@ -105,6 +110,23 @@ def fold_scale_into_previous(layer: nn.Conv2d | nn.Linear, scale: torch.Tensor) 
         raise ValueError(f"a scale of {scale.numel()} channels does not follow {layer}")
     factor = _exact(scale).flatten()
     _set_folded(layer, weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), bias * factor)
+
+
+def fold_shift_into_next(shift: torch.Tensor, layer: nn.Conv2d | nn.Linear) -> None:
+    """Fold a shift per channel in front of a 1×1 convolution or linear layer into that layer, in place.
+
+    Args:
+        shift: What is added to each of the ``I`` input channels of ``layer``, in any shape.
+        layer: As for `fold_norm_into_next`.
+
+    Raises:
+        ValueError: If ``layer`` is padded, grouped or larger than 1×1, or there are not ``I`` values.
+    """
+    _check_pointwise(layer, "a shift")
+    weight, bias = _weight_and_bias(layer)
+    if shift.numel() != weight.shape[1]:
+        raise ValueError(f"a shift of {shift.numel()} channels does not come before {layer}")
+    _set_folded(layer, weight, bias + weight.flatten(1) @ _exact(shift).flatten())
 
 
 def embed_kernel(

@@ -322,6 +322,7 @@ def test_full_size_detectors_are_told_from_their_files(tmp_path: Path) -> None:
     for manifest, expected in (
         ("cascade_replknet_31b_coco", ("cascade_mask_rcnn", "replknet_31b", 80)),
         ("fcos_replknet_31b_coco", ("fcos", "replknet_31b", 80)),
+        ("cascade_unireplknet_t_coco", ("cascade_mask_rcnn", "unireplknet_t", 80)),
     ):
         shapes = load_manifest(manifest)["state_dict"]
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -438,7 +439,10 @@ def test_a_tensor_under_two_names_is_accounted_for_by_name() -> None:
     assert len(report.loaded) + sum(map(len, report.skipped.values())) == len(state)
 
 
-@pytest.mark.parametrize(("manifest", "classes"), [("replknet_xl_backbone", 0), ("replknet_31b", 1000)])
+@pytest.mark.parametrize(
+    ("manifest", "classes"),
+    [("replknet_xl_backbone", 0), ("replknet_31b", 1000), ("unireplknet_a_backbone", 0)],
+)
 def test_the_family_says_what_a_checkpoint_needs(manifest: str, classes: int, tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()  # it is looked up by its checksum
     shapes = load_manifest(manifest)["state_dict"]
@@ -446,7 +450,7 @@ def test_the_family_says_what_a_checkpoint_needs(manifest: str, classes: int, tm
     with torch.device("meta"):
         model = build_model(Weights(state, {}, "w.pth", tmp_path / "w.pth"))
     assert model.num_classes == classes
-    assert (model.feature_norms is not None) is ("xl" in manifest)
+    assert (model.feature_norms is not None) is manifest.endswith("_backbone")
     renamed, origins = follow(lambda named: translate(named, model), state)
     assert renamed.keys() <= model.state_dict().keys()
     assert set().union(*origins.values()) == state.keys()

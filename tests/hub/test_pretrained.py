@@ -17,9 +17,10 @@ from huggingface_hub import constants
 from torch import nn
 
 from lk_backbones import hub as lk_hub
+from lk_backbones.cli import main
 from lk_backbones.weights import DownloadError, WeightsError
 from lk_backbones.weights.catalogue import _catalogue, find_published
-from tests.conftest import randomize_norms
+from tests.conftest import assert_golden, load_golden, load_manifest, randomize_norms
 from tests.hub.server import LoopbackHub, Repository
 
 SMALL: dict[str, Any] = {"kernel_sizes": 3, "depths": (1, 1, 1, 1)}
@@ -186,6 +187,58 @@ def test_weights_come_from_the_namespace_first(
     with pytest.raises(DownloadError) as raised:
         smp.Unet("replknet_31b", encoder_weights="imagenet")
     check_error(raised.value, "encoder_weights='imagenet'", "no model repository 'team/replknet_31b.in1k'", "HF_TOKEN")
+
+
+# --- the authors' own repository -------------------------------------------------------------------------------------
+
+AUTHORS = "DingXiaoH/UniRepLKNet"
+FINE_TUNED = "unireplknet_s.in22k_ft_in1k_384"
+NARROW: dict[str, Any] = {"depths": (2, 2, 4, 2), "channels": (8, 16, 32, 64), "kernel_sizes": (3, 13, (13, 3), 13)}
+WAYS_TO_THE_AUTHORS: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: timm.create_model(FINE_TUNED, pretrained=True, **NARROW),
+    "timm features": lambda: timm.create_model(FINE_TUNED, pretrained=True, features_only=True, **NARROW),
+    "smp": lambda: smp.Unet(f"tu-{FINE_TUNED}", encoder_weights=True, **NARROW),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_THE_AUTHORS)
+def test_the_authors_file_is_fetched_by_its_name(way: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    golden = load_golden("unireplknet_tiny")
+    head = {"head.weight": torch.randn(1000, 64), "head.bias": torch.randn(1000)}
+    torch.save({"model": golden["state"] | head}, tmp_path / "x.pth")
+    file = "unireplknet_s_in22k_to_in1k_384_acc86.44.pth"
+    hub.add(AUTHORS, {file: (tmp_path / "x.pth").read_bytes(), "README.md": b"x"})
+    model: Any = WAYS_TO_THE_AUTHORS[way]().eval()
+    assert ("HEAD", f"/{AUTHORS}/resolve/main/{file}") in hub.requests
+    x = golden["input"][""]
+    if way == "timm":
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert torch.equal(model.head.fc.weight, head["head.weight"])
+        assert model.pretrained_cfg["input_size"] == (3, 384, 384)
+    else:
+        maps = model(x) if way == "timm features" else model.encoder(x)[1:]
+    for level, feature in enumerate(maps[1:]):
+        assert_golden(feature, golden["output"][f"stage_features.{level}"])
+
+
+def test_a_file_of_full_size_is_pulled_and_built(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = load_manifest("unireplknet_a")["state_dict"]
+    state = {key: torch.rand(shape) if shape else torch.tensor(7) for key, shape in shapes.items()}
+    torch.save(state, tmp_path / "x.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    commit = hub.add(AUTHORS, {"unireplknet_a_in1k_224_acc77.03.pth": content})
+    main(["hub", "pull", "unireplknet_a.in1k"])
+    out = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert out["source"] == f"hf-hub:{AUTHORS}/unireplknet_a_in1k_224_acc77.03.pth@{commit}"
+    assert out["sha256"] == hashlib.sha256(content).hexdigest()
+    model = timm.create_model("unireplknet_a", pretrained=True)
+    assert torch.equal(model.head.fc.bias, state["head.bias"])
+    branch = model.stages[3].blocks[1].dwconv.branches[2]
+    assert torch.equal(branch.conv.weight, state["stages.3.1.dwconv.dil_conv_k7_2.weight"])
+    with pytest.raises(WeightsError, match=r"The shapes are those of 'unireplknet_a'"):
+        lk_hub.load_weights(timm.create_model("replknet_31n"), "unireplknet_a.in1k")
 
 
 # --- what timm is told to read, it reads -----------------------------------------------------------------------------

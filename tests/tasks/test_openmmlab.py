@@ -12,15 +12,20 @@ from lk_backbones.tasks.openmmlab import openmmlab_state_dict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PUBLISHED = {
-    "31b_ade20k": ("replknet_31b", {}),
-    "31b_cityscapes": ("replknet_31b", {}),
-    "31l_ade20k": ("replknet_31l", {}),
-    "xl_ade20k": ("replknet_xl", {"norm_features": True}),
+    "replknet_31b_ade20k": ("replknet_31b", {}),
+    "replknet_31b_cityscapes": ("replknet_31b", {}),
+    "replknet_31l_ade20k": ("replknet_31l", {}),
+    "replknet_xl_ade20k": ("replknet_xl", {"norm_features": True}),
+    "unireplknet_t_ade20k": ("unireplknet_t", {"norm_features": True}),
+    "unireplknet_s_ade20k": ("unireplknet_s", {"norm_features": True}),
+    "unireplknet_b_ade20k": ("unireplknet_b", {"norm_features": True}),
+    "unireplknet_l_ade20k": ("unireplknet_l", {"norm_features": True}),
+    "unireplknet_xl_ade20k": ("unireplknet_xl", {"norm_features": True}),
 }
 
 
 def read_manifest(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    content = gzip.decompress((FIXTURES / f"keys_upernet_replknet_{name}.json.gz").read_bytes())
+    content = gzip.decompress((FIXTURES / f"keys_upernet_{name}.json.gz").read_bytes())
     manifest = json.loads(content)
     with torch.device("meta"):
         return manifest["config"], {key: torch.empty(shape) for key, shape in manifest["state_dict"].items()}
