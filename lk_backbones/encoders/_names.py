@@ -65,6 +65,8 @@ def translate(
     if full is None:  # smp's own, which have one naming
         return dict(state)
     extractor_names = full_names(state, full)
+    # a name of the whole model's own is not given away, to a copy such as a teacher
+    extractor_names = {key: name for key, name in extractor_names.items() if name not in state}
     named = {extractor_names.get(key, key): value for key, value in state.items()}
     published = _of_family(full, "checkpoint_filter_fn", lambda state_dict, model: state_dict)(named, full)
     names = {full_name: name for name, full_name in full_names(own, full).items()}
