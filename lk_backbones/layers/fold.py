@@ -28,7 +28,7 @@ __all__ = [
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether ``norm`` is, in ``eval()``, a scale and a shift per channel: a batch norm, be it synchronised or frozen.
+    """Return whether a norm is a scale and a shift per channel in ``eval()``: a batch norm, also synchronised or frozen.
 
     A subclass may compute something more, such as an activation; then it has a ``forward`` of its own.
     """
@@ -209,7 +209,7 @@ def _weight_and_bias(layer: nn.Conv2d | nn.Linear) -> tuple[torch.Tensor, torch.
 
 
 def _statistics(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor]:
-    """Mean, variance, epsilon, weight and bias of a batch norm of any class (plain, synchronised, frozen).
+    """Return mean, variance, epsilon, weight and bias of a batch norm of any class (plain, synchronised, frozen).
 
     Raises:
         ValueError: If it is no batch norm, or has no running statistics.

@@ -13,6 +13,7 @@ from lk_backbones.layers import (
     fold_norm_into_next,
     fold_norm_into_previous,
     fold_scale_into_previous,
+    fold_shift_into_next,
     is_foldable,
     merge_kernels,
 )
@@ -86,6 +87,24 @@ def test_scale_after_a_layer(bias: bool) -> None:
     torch.testing.assert_close(linear(x.permute(0, 2, 3, 1)), expected[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_shift_before_a_layer(bias: bool) -> None:
+    shift = torch.randn(4)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    conv, linear = nn.Conv2d(4, 6, 1, bias=bias).double(), nn.Linear(4, 6, bias=bias).double()
+    expected = conv(x + shift.view(-1, 1, 1)), linear(x.permute(0, 2, 3, 1) + shift)
+    fold_shift_into_next(shift.view(1, -1, 1, 1), conv)
+    fold_shift_into_next(shift, linear)
+    torch.testing.assert_close(conv(x), expected[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(linear(x.permute(0, 2, 3, 1)), expected[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, padding=1), nn.Conv2d(4, 6, 1, groups=2)])
+def test_shift_before_what_sees_more_than_its_pixel_is_refused(layer: nn.Conv2d) -> None:
+    with pytest.raises(ValueError, match="a shift folds only into a following dense 1x1 convolution"):
+        fold_shift_into_next(torch.ones(4), layer)
+
+
 def test_other_channels_are_refused() -> None:
     # one channel would broadcast
     for channels in (1, 5):
@@ -96,6 +115,8 @@ def test_other_channels_are_refused() -> None:
             fold_norm_into_next(norm, nn.Conv2d(4, 6, 1))
         with pytest.raises(ValueError, match=rf"scale of {channels} channels does not follow Conv2d"):
             fold_scale_into_previous(nn.Conv2d(4, 6, 1), torch.ones(channels))
+        with pytest.raises(ValueError, match=rf"shift of {channels} channels does not come before Linear"):
+            fold_shift_into_next(torch.ones(channels), nn.Linear(4, 6))
 
 
 def test_what_is_no_batch_norm_is_refused() -> None:
