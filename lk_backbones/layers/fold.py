@@ -28,7 +28,7 @@ __all__ = [
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Return whether a norm is a scale and a shift per channel in ``eval()``: a batch norm, also synchronised or frozen.
+    """Return whether a norm is a scale and a shift per channel in ``eval()``: a batch norm, synchronised or frozen too.
 
     A subclass may compute something more, such as an activation; then it has a ``forward`` of its own.
     """
