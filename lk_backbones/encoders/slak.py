@@ -38,10 +38,10 @@ from lk_backbones.weights.catalogue import timm_configurations
 __all__ = ["SLaK"]
 
 _KERNEL_SIZES = (51, 49, 47, 13)
-# Strips of up to this many times their width fold into one square kernel, longer ones stay two: the map matters too, but
-# is not known when a model is folded. Time of the square over that of the strips (AVX512, one core, float32): 13x13 0.73
-# to 1.1 on maps of 7 to 64 pixels; 15x15 1.1 on 56 pixels; 47x47, 49x49 and 51x51 1.2 to 4.5 on 14 to 64 pixels, where
-# only larger maps, 0.7 to 0.9 from 96 pixels on, reward a square.
+# Strips of up to this many times their width fold into one square kernel, longer ones stay two: the map matters too,
+# but is not known when a model is folded. Time of the square over that of the strips (AVX512, one core, float32): 13x13
+# 0.73 to 1.1 on maps of 7 to 64 pixels; 15x15 1.1 on 56 pixels; 47x47, 49x49 and 51x51 1.2 to 4.5 on 14 to 64 pixels,
+# where only larger maps, 0.7 to 0.9 from 96 pixels on, reward a square.
 _SQUARE = 3
 
 

@@ -48,6 +48,10 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _padding(size: int, dilation: int) -> int:
+    return dilation * (size // 2) if size % 2 else 0
+
+
 @called_in_a_row("conv", "bn", "act")
 class ConvNorm(nn.Module):
     """Convolution, norm and, optionally, an activation; with a batch norm it folds into one convolution.
@@ -97,7 +101,7 @@ class ConvNorm(nn.Module):
             out_channels,
             size,
             stride=stride,
-            padding=tuple(step * (k // 2) if k % 2 else 0 for k, step in zip(size, dilation, strict=True)),
+            padding=(_padding(size[0], dilation[0]), _padding(size[1], dilation[1])),
             dilation=dilation,
             groups=groups,
             bias=bias,
