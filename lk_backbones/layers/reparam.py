@@ -48,6 +48,10 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _padding(size: int, dilation: int) -> int:
+    return dilation * (size // 2) if size % 2 else 0
+
+
 @called_in_a_row("conv", "bn", "act")
 class ConvNorm(nn.Module):
     """Convolution, norm and, optionally, an activation; with a batch norm it folds into one convolution.
@@ -59,8 +63,8 @@ class ConvNorm(nn.Module):
         in_channels: Channels of the input ``(N, in_channels, H, W)``.
         out_channels: Channels of the output ``(N, out_channels, H', W')``.
         kernel_size: Odd kernel size, for both axes or for ``(rows, columns)``; the padding keeps the map's size at
-            stride 1.
-        stride: Stride; sizes round up.
+            stride 1. An even size has no padding: as large as the stride, it cuts the map into patches.
+        stride: Stride; sizes round up, with an even kernel down.
         dilation: Distance between the kernel's taps in pixels, for both axes or for ``(rows, columns)``.
         groups: ``1``, or ``in_channels == out_channels`` for a depthwise convolution.
         act_layer: Class or timm name of the activation that follows, or ``None`` for none.
@@ -97,7 +101,7 @@ class ConvNorm(nn.Module):
             out_channels,
             size,
             stride=stride,
-            padding=(dilation[0] * (size[0] // 2), dilation[1] * (size[1] // 2)),
+            padding=(_padding(size[0], dilation[0]), _padding(size[1], dilation[1])),
             dilation=dilation,
             groups=groups,
             bias=bias,
