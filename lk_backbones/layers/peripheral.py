@@ -274,8 +274,8 @@ class ReparamPeripheralConv2d(ReparamDepthwiseConv2d):
         dilation: Distance between the taps of both kernels, in pixels.
         norm_layer: Class of the norms, called with the number of channels, or ``None`` for none. Only branches with
             batch norms are folded.
-        position_embedding: Whether there will be a position embedding. Then the free weights are kept in folding until
-            it is folded too (`fold_position`).
+        position_embedding: Whether it takes a position embedding. Then the free weights are kept in folding until the
+            embedding is folded too (`fold_position`).
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -316,13 +316,14 @@ class ReparamPeripheralConv2d(ReparamDepthwiseConv2d):
 
         Args:
             x: The map.
-            position: What a `KernelPositionEmbedding` returns, or ``None`` for no embedding.
+            position: What a `KernelPositionEmbedding` returns, or ``None`` for no embedding. It is not looked at if
+                the module takes none, or has it folded.
         """
         out = self.branches[0](x)
         for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
             if index > 0:
                 out = out + branch(x)
-        if position is not None:
+        if position is not None and self.position_embedding:
             out = out + self._position_bias(position).to(out.dtype).view(1, -1, 1, 1)
         return out
 
@@ -355,9 +356,12 @@ class ReparamPeripheralConv2d(ReparamDepthwiseConv2d):
         Returns:
             Whether it is folded: not if the large kernel has a norm that does not fold.
         """
+        if not self.position_embedding:
+            return True
         branch = cast(ConvNorm, self.branches[0])
         if self.cell_weight is None or not isinstance(branch.bn, nn.Identity):
             return False
         fold_shift_into_previous(branch.conv, self._position_bias(position.detach().double()))
+        self.position_embedding = False
         self.register_parameter("cell_weight", None)
         return True
