@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import LayerScale2d
 
 import lk_backbones
 
@@ -80,7 +81,7 @@ def assert_golden(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
 
 
 def randomize_norms(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every batch norm statistics and weights of its own, so that a wrong fold shows."""
+    """Give every batch norm statistics and weights of its own, and every layer scale, so that a wrong fold shows."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -88,4 +89,6 @@ def randomize_norms(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             module.running_var.uniform_(0.5, 2, generator=generator)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             torch.nn.init.normal_(module.bias, 0, 0.2, generator=generator)
+        elif isinstance(module, LayerScale2d):  # which starts near zero, where nothing of its branch is seen
+            torch.nn.init.uniform_(module.gamma, 0.2, 0.8, generator=generator)
     return model

@@ -163,9 +163,9 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
         state_dict: Weights in any naming that a registered family understands.
 
     Returns:
-        Their names.
+        Their names; of encoders that are part of one another, such as a deeper one of the same widths, the largest.
     """
-    fitting = []
+    fitting: dict[str, int] = {}
     for name in list_encoders():
         with torch.device("meta"):
             full: Any = timm.create_model(name)
@@ -181,8 +181,8 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
         }
         present = [key for key in wanted if key in published]
         if len(present) > 0.9 * len(wanted) and all(published[key].shape == wanted[key] for key in present):
-            fitting.append(name)
-    return fitting
+            fitting[name] = len(present)
+    return [name for name, tensors in fitting.items() if tensors == max(fitting.values())]
 
 
 def fitting_arguments(name: str, weights: Weights, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:

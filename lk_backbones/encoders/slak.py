@@ -38,6 +38,11 @@ from lk_backbones.weights.catalogue import timm_configurations
 __all__ = ["SLaK"]
 
 _KERNEL_SIZES = (51, 49, 47, 13)
+# Strips of up to this many times their width fold into one square kernel, longer ones stay two: the map matters too, but
+# is not known when a model is folded. Time of the square over that of the strips (AVX512, one core, float32): 13x13 0.73
+# to 1.1 on maps of 7 to 64 pixels; 15x15 1.1 on 56 pixels; 47x47, 49x49 and 51x51 1.2 to 4.5 on 14 to 64 pixels, where
+# only larger maps, 0.7 to 0.9 from 96 pixels on, reward a square.
+_SQUARE = 3
 
 
 class SLaKBlock(nn.Module):
@@ -82,6 +87,7 @@ class SLaKBlock(nn.Module):
             if strips:
                 kernels = [(kernel_size, small_kernel), (small_kernel, kernel_size)]
             kernels.append((small_kernel, small_kernel))
+        self._square_is_faster = small_kernel is not None and kernel_size <= _SQUARE * small_kernel
         self.dwconv = ReparamDepthwiseConv2d(
             channels, [(kernel, 1) for kernel in kernels], dilation, norm_layer=norm_layer, **dd
         )
@@ -97,8 +103,8 @@ class SLaKBlock(nn.Module):
         return x + self.drop_path(self.layer_scale(out))
 
     def reparameterize(self) -> None:
-        """Fold the depthwise convolutions' norms, the small kernel and the layer scale, in place."""
-        self.dwconv.reparameterize()
+        """Fold norms and layer scale, and merge the kernels as far as that is faster, in place."""
+        self.dwconv.reparameterize(dense=self._square_is_faster)
         if isinstance(self.layer_scale, LayerScale2d):
             fold_scale_into_previous(self.pw2.conv, self.layer_scale.gamma)
             self.layer_scale = nn.Identity()

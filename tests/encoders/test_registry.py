@@ -256,7 +256,7 @@ def test_norms_are_those_asked_for_and_fold_or_stay(small_encoder: str, norm_lay
     for name, tensor in state.items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.2)
-        elif name.endswith(("bn.weight", "norm.weight", "running_var")):
+        elif name.endswith(("bn.weight", "norm.weight", "running_var", "layer_scale.gamma")):
             tensor.uniform_(0.5, 1.5)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

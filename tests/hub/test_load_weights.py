@@ -323,6 +323,7 @@ def test_full_size_detectors_are_told_from_their_files(tmp_path: Path) -> None:
         ("cascade_replknet_31b_coco", ("cascade_mask_rcnn", "replknet_31b", 80)),
         ("fcos_replknet_31b_coco", ("fcos", "replknet_31b", 80)),
         ("cascade_unireplknet_t_coco", ("cascade_mask_rcnn", "unireplknet_t", 80)),
+        ("cascade_slak_tiny_coco", ("cascade_mask_rcnn", "slak_tiny", 80)),
     ):
         shapes = load_manifest(manifest)["state_dict"]
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -441,7 +442,7 @@ def test_a_tensor_under_two_names_is_accounted_for_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("manifest", "classes"),
-    [("replknet_xl_backbone", 0), ("replknet_31b", 1000), ("unireplknet_a_backbone", 0)],
+    [("replknet_xl_backbone", 0), ("replknet_31b", 1000), ("unireplknet_a_backbone", 0), ("slak_small_backbone", 0)],
 )
 def test_the_family_says_what_a_checkpoint_needs(manifest: str, classes: int, tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()  # it is looked up by its checksum

@@ -21,6 +21,9 @@ PUBLISHED = {
     "unireplknet_b_ade20k": ("unireplknet_b", {"norm_features": True}),
     "unireplknet_l_ade20k": ("unireplknet_l", {"norm_features": True}),
     "unireplknet_xl_ade20k": ("unireplknet_xl", {"norm_features": True}),
+    "slak_tiny_ade20k": ("slak_tiny", {"norm_features": True}),
+    "slak_small_ade20k": ("slak_small", {"norm_features": True}),
+    "slak_base_ade20k": ("slak_base", {"norm_features": True}),
 }
 
 
