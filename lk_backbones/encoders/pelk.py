@@ -349,7 +349,7 @@ def _for_each_stage(name: str, value: int | Sequence[int | None] | None) -> tupl
 
 # ---- weights: nobody published any ----
 
-_VARIANTS = ("n", "n_101", "tiny", "small", "base", "tiny_101", "small_101", "base_101")
+_VARIANTS = ("n", "tiny", "small", "base", "tiny_101", "small_101", "base_101")
 
 default_cfgs = generate_default_cfgs(
     timm_configurations(
@@ -381,14 +381,11 @@ _101 = {"kernel_sizes": (101, 69, 67, 13), "center_radius": 3}
 
 @register_encoder
 def pelk_n(pretrained: bool = False, **kwargs: Any) -> PeLK:
-    """PeLK nano, for laptops and CPUs, with the published kernels. Ours, no published weights."""
+    """PeLK nano, for laptops and CPUs, with the published kernels. Ours, no published weights.
+
+    ``kernel_sizes=(101, 69, 67, 13), center_radius=3`` make a PeLK-101 of it.
+    """
     return _create_pelk("pelk_n", pretrained, **(_NANO | kwargs))
-
-
-@register_encoder
-def pelk_n_101(pretrained: bool = False, **kwargs: Any) -> PeLK:
-    """PeLK nano with the kernels of PeLK-101. Ours, no published weights."""
-    return _create_pelk("pelk_n_101", pretrained, **(_NANO | _101 | kwargs))
 
 
 @register_encoder

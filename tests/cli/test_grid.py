@@ -20,7 +20,7 @@ def test_a_grid_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "13×13: 169 weights for 1369 taps, 12.3 %" in out
     assert "centre radius 2, base 2" in out
     assert "17 16 8 4 2 1 1 1 1 1 1 1 2 4 8 16 17\n" in run(capsys, "101")  # a centre of 7, as the paper
-    assert "27 16 8 4 2 1 1 1 1 1 2" in run(capsys, "117", "--center-radius", "2", "--grid-size", "15")
+    assert "26 16 8 4 2 1 1 1 1 1 2" in run(capsys, "117", "--center-radius", "2", "--grid-size", "15")
     assert "4 9 3 1 1 1 1 1 3 9 4\n" in run(capsys, "37", "--base", "3")
 
 

@@ -42,7 +42,7 @@ def large_kernels(model: nn.Module) -> list[PeripheralDepthwiseConv2d]:
     [
         ("pelk_tiny", 48.74, 28.74, 29),
         ("pelk_small", 85.33, 50.67, 50),  # 0.2 beyond rounding, the one that the paper's numbers do not fit
-        ("pelk_base", 150.22, 89.44, 89),
+        ("pelk_base", 150.22, 89.42, 89),
         ("pelk_base_101", 151.97, 89.68, 90),
     ],
 )
@@ -88,7 +88,10 @@ def test_published_multiply_adds_are_those_of_dense_kernels_less_the_zeros(
 @pytest.mark.parametrize("variant", ["n", "tiny", "small", "base"])
 @pytest.mark.parametrize("large", [False, True])
 def test_kernels_and_grids_are_the_published_ones(variant: str, large: bool) -> None:
-    model = on_meta(f"pelk_{variant}{'_101' * large}")
+    if variant == "n" and large:  # by arguments, as its docstring says
+        model = on_meta("pelk_n", kernel_sizes=(101, 69, 67, 13), center_radius=3)
+    else:
+        model = on_meta(f"pelk_{variant}{'_101' * large}")
     sizes, cells = ((101, 69, 67, 13), (17, 15, 15, 9)) if large else ((51, 49, 47, 13), (13, 13, 13, 9))
     for stage, size, count, channels in zip(model.stages, sizes, cells, model.feature_info, strict=True):
         width = channels["num_chs"] * 3 // 8
@@ -102,7 +105,7 @@ def test_kernels_and_grids_are_the_published_ones(variant: str, large: bool) -> 
 def test_nobody_published_weights() -> None:
     assert timm.list_pretrained("pelk*") == []
     tags = timm.list_models("pelk*", include_tags=True)
-    assert len(tags) == 8
+    assert len(tags) == 7
     assert all(tag.endswith(".untrained") for tag in tags)
 
 
@@ -198,7 +201,7 @@ def test_kernels_of_151_through_arguments() -> None:
         ({"kernel_sizes": 3}, "center_radius must be 0 to 1 for a kernel of 3"),
         ({"kernel_sizes": 3, "center_radius": 1}, "small_kernel must be odd and at most the large kernel's size 3"),
         ({"small_kernel": 4}, "small_kernel must be positive and odd, got 4"),
-        ({"center_radius": (2, 2, 2, 7)}, "center_radius must be 0 to 6 for a kernel of 13 .* got 7"),
+        ({"center_radius": (2, 2, 2, 7)}, "center_radius must be 0 to 6 for a kernel of 13, .* got 7"),
         ({"center_radius": (2, 2)}, r"center_radius must be one number, or one for each .* got \(2, 2\)"),
         ({"grid_size": 13}, "grid_size must be one of 7, 9 for a kernel of 13 .* got 13"),
         ({"grid_size": (13, 13, 13)}, "grid_size must be one number, or one for each"),
