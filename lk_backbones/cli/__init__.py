@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import hub, models, recipes, training
+from lk_backbones.cli import grid, hub, models, recipes, training
 
 __all__ = ["main"]
 
@@ -27,6 +27,7 @@ Large-kernel ConvNets for segmentation and detection.
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
   recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
   models    list the encoders: name, parameters, kernel sizes, weights
+  grid      how a peripheral kernel shares its weights: lk-backbones grid 101 --save grid.png
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
@@ -65,6 +66,8 @@ def _run(args: list[str]) -> None:
         recipes.run(args[1:])
     elif args[0] == "models":
         models.run(args[1:])
+    elif args[0] == "grid":
+        grid.run(args[1:])
     elif args[0] == "hub":
         hub.run(args[1:])
     elif args[0] == "convert":

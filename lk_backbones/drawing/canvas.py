@@ -163,9 +163,18 @@ def fit_size(size: tuple[int, int], smallest: int = 400, largest: int = 640) -> 
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG file that appears at once, whole, under its name; folders are made as needed."""
-    with write_atomically(path) as file:
+def save_png(image: Image.Image, path: Path, replace: bool = True) -> None:
+    """Write a PNG file that appears at once, whole, under its name; folders are made as needed.
+
+    Args:
+        image: The picture.
+        path: The file's name.
+        replace: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If there is a file of the name and it may not be replaced.
+    """
+    with write_atomically(path, replace=replace) as file:
         image.save(file, format="PNG")
 
 

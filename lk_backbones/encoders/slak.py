@@ -307,13 +307,14 @@ class SLaK(nn.Module):
                 stage_stride, first_dilation, dilation = 1, dilation, dilation * 2
             stride *= stage_stride
             stages.append(
-                SLaKStage(
+                self._create_stage(
+                    i,
                     in_channels,
                     widths[i],
                     depth,
                     kernel_sizes[i],
                     small_kernel,
-                    strips,
+                    strips=strips,
                     transition=i > 0,
                     stride=stage_stride,
                     dilation=(first_dilation, dilation),
@@ -335,6 +336,10 @@ class SLaK(nn.Module):
         self.num_features = self.head_hidden_size = in_channels
         self.head = NormMlpClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.apply(_init_weights)
+
+    def _create_stage(self, index: int, *args: Any, **kwargs: Any) -> nn.Module:
+        """Build a stage; families of the same design build their own."""
+        return SLaKStage(*args, **kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from timm.utils.model import reparameterize_model
 
 import lk_backbones
 from lk_backbones.encoders._registry import register_encoder
+from lk_backbones.encoders.pelk import PartialPeripheralConv2d
 from tests.conftest import LEVELS, assert_golden, feature_strides, randomize_norms
 
 ACTIVATIONS = (torch.nn.ReLU, torch.nn.GELU)
@@ -172,7 +173,8 @@ def test_timm_folds_to_the_same_outputs(small_encoder: str) -> None:
     model = randomize_norms(timm.create_model(small_encoder)).eval()
     x = torch.randn(1, 3, 64, 96)
     assert_golden(reparameterize_model(model)(x), model(x), 1e-4)
-    assert sum(p.numel() for p in reparameterize_model(model).parameters()) < sum(p.numel() for p in model.parameters())
+    # in number: a kernel of shared weights has more of them once it is dense
+    assert len(list(reparameterize_model(model).parameters())) < len(list(model.parameters()))
 
 
 def test_packed_weights_give_the_same_outputs(small_encoder: str) -> None:
@@ -209,7 +211,9 @@ def test_memory_format_is_decided_once(small_encoder: str, monkeypatch: pytest.M
         maps = model.forward_intermediates(x, intermediates_only=True)
     assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in maps)
     copied = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::clone"]
-    assert [shape for shape in copied if shape[0] == len(x)] == [list(x.shape)]  # kernels are copied, maps are not
+    parts = [module.split[0] for module in model.modules() if isinstance(module, PartialPeripheralConv2d)]
+    # kernels are copied, and the part of a map that goes through one, but no whole maps
+    assert [shape for shape in copied if shape[0] == len(x) and shape[1] not in parts] == [list(x.shape)]
 
 
 @pytest.mark.parametrize("act_layer", ["silu", torch.nn.Hardswish])
