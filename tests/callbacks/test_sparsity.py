@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import timm
+import timm.optim
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -22,7 +23,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lk_backbones._processes import gathered
+from lk_backbones._processes import gathered, world
 from lk_backbones.callbacks import DynamicSparsity
 from lk_backbones.cli import main
 from lk_backbones.layers import count_nonzero_parameters
@@ -30,7 +31,7 @@ from lk_backbones.layers.sparsity import apportion, pack_mask
 from lk_backbones.tasks import SegmentationTask
 from lk_backbones.weights.errors import WeightsError
 
-from ..blocks import NUM_CLASSES, Blocks, trainer
+from ..blocks import trainer
 
 WEIGHTS = {"net.0.weight": (8, 3, 3, 3), "net.2.weight": (8, 1, 5, 5), "net.5.weight": (7, 8)}
 TOTAL = 216 + 200 + 56
@@ -100,8 +101,8 @@ class Exact(L.Callback):
 
     def changes(self) -> list[int]:
         """How many batches after the first saw new masks, as their positions."""
-        pairs = zip(self.history, self.history[1:], strict=False)
-        return [i + 2 for i, (a, b) in enumerate(pairs) if any(not torch.equal(a[name], b[name]) for name in a)]
+        pairs = enumerate(pairwise(self.history))
+        return [i + 2 for i, (a, b) in pairs if any(not torch.equal(a[name], b[name]) for name in a)]
 
 
 def fit(folder: Path, callback: DynamicSparsity, module: L.LightningModule | None = None, **kwargs: Any) -> Exact:
@@ -212,7 +213,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
     exact = fit(tmp_path, callback, Pair(), exact=EachOnItsOwn(callback), max_epochs=1)
     assert [len(masks) for masks in exact.history] == [2, *[3] * 11]  # the second's come with its first step
     late = [masks["net.5.weight"] for masks in exact.history[1:]]
-    changes = [i + 3 for i, (a, b) in enumerate(zip(late, late[1:], strict=False)) if not torch.equal(a, b)]
+    changes = [i + 3 for i, (a, b) in enumerate(pairwise(late)) if not torch.equal(a, b)]
     assert changes == [6, 12]  # its third and sixth step
 
 
@@ -258,6 +259,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path, init: Any, gro
         module = Net()
         extra = [*callbacks, *([EMAWeightAveraging(decay=0.9)] if ema else [])]
         kwargs: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2, "enable_checkpointing": True}
+        # the same pictures in every batch: the order of the data is not this callback's concern
+        kwargs["data"] = DataLoader(list(noise().dataset)[:4] * 12, 4)
         return module, fit(tmp_path, callback, module, callbacks=extra, ckpt_path=ckpt_path, **kwargs)
 
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
@@ -350,8 +353,10 @@ def test_other_settings_on_resumption(tmp_path: Path, saved: Path) -> None:
         fit(tmp_path, DynamicSparsity(0.5), ckpt_path=saved, max_steps=5)
     with pytest.raises(WeightsError, match=r"3 masks for the 2 layers .* no layer 'net\.5\.weight'.*same layers"):
         fit(tmp_path, DynamicSparsity(0.4, exclude="net.5"), ckpt_path=saved, max_steps=5)
-    callback = DynamicSparsity(0.4, "erk", "gradient", 1, 0.2, "constant", end_step=5, seed=9)
-    assert fit(tmp_path, callback, ckpt_path=saved, max_steps=6).changes() == [2]  # steps 4 and 5 of 6
+    callback = DynamicSparsity(0.4, "erk", "gradient", 1, 0.2, "constant", end_step=6, seed=9)
+    assert fit(tmp_path, callback, ckpt_path=saved, max_steps=6).changes() == [
+        2
+    ]  # steps 4 and 5 of 6, and the first of them is not seen
 
 
 def test_fitting_again_goes_on_and_another_network_starts_anew(tmp_path: Path) -> None:
@@ -390,8 +395,7 @@ def test_snip_keeps_what_matters_most_to_the_first_loss(tmp_path: Path) -> None:
     scores = {name: (p * p.grad).abs().detach() for name, p in weights.items()}
     threshold = torch.cat([s.flatten() for s in scores.values()]).sort().values[round(0.4 * TOTAL) - 1]
 
-    callback = DynamicSparsity(0.4, gradient_free := "snip", every_n_train_steps=None)
-    assert gradient_free
+    callback = DynamicSparsity(0.4, every_n_train_steps=None)
     fit(tmp_path, callback, copy.deepcopy(module), accumulate_grad_batches=2, max_steps=1)
     for name, mask in callback.masks.items():
         assert torch.equal(mask, scores[name] > threshold), name
@@ -504,7 +508,7 @@ def test_layers_by_pattern(tmp_path: Path, kwargs: dict[str, Any], chosen: list[
         ({"layers": "*bias"}, "of two or more dimensions matches"),
         ({"layers": "frozen"}, "no weights are left .* are frozen"),
         ({"layers": "net.0", "exclude": "net.*"}, "no weights are left"),
-        ({"sparsity": 0.999, "init": "uniform"}, "no weight is left in 2 of 4 layers, such as .* init='erk'"),
+        ({"sparsity": 0.999, "init": "uniform"}, "no weight is left in 3 of 4 layers, such as .* init='erk'"),
         ({"layers": ["large_kernel", "net.0"]}, "no gradient reaches 1 of 2 layers .* such as large_kernel.weight"),
     ],
 )
@@ -581,7 +585,7 @@ def test_a_cosine_needs_an_end_and_snip_finite_gradients(tmp_path: Path) -> None
     module = Net()
     with torch.no_grad():
         module.net[5].bias[0] = math.nan
-    with pytest.raises(ValueError, match="the first step's gradient of net.0.weight is not finite"):
+    with pytest.raises(ValueError, match=r"the first step's gradient of net\.0\.weight is not finite"):
         fit(tmp_path, DynamicSparsity(0.4), module, max_steps=2)
 
 
@@ -611,7 +615,7 @@ def test_our_task_by_a_configuration_on_the_command_line(
 ) -> None:
     callback = {
         "class_path": "DynamicSparsity",
-        "init_args": {"sparsity": 0.4, "every_n_train_steps": 1, "layers": ["model.encoder.stages.*"]},
+        "init_args": {"sparsity": 0.4, "every_n_train_steps": 1, "layers": ["model.encoder.*stages*"]},
     }
     config = {
         "trainer": {"callbacks": [callback], "max_steps": 2, "limit_val_batches": 0, "default_root_dir": str(tmp_path)},
@@ -635,7 +639,7 @@ def test_our_task_by_a_configuration_on_the_command_line(
     task = SegmentationTask.load_from_checkpoint(path)
     weights = {name: p for name, p in task.named_parameters() if name in masks}
     assert weights.keys() == masks.keys()
-    assert all(name.startswith("model.encoder.stages.") for name in masks)
+    assert all("stages" in name for name in masks)
     total = sum(p.numel() for p in weights.values())
     assert sum(int((p == 0).sum()) for p in weights.values()) >= round(0.4 * total)
     capfd.readouterr()
@@ -666,16 +670,20 @@ class SharedData(Net):
         super().__init__(dropout=0.0)
         self.net[1] = nn.GroupNorm(2, 8)
 
+    def train_dataloader(self) -> DataLoader:
+        pictures, (rank, processes) = list(noise(24).dataset), world()
+        return DataLoader(pictures[rank::processes], 4)
+
 
 def run_as_two_processes(folder: Path) -> None:
     found = {}
     for init, growth in (("snip", "gradient"), ("erk", "random")):
         callback = DynamicSparsity(0.4, init, growth, every_n_train_steps=2)  # type: ignore[arg-type]
         exact = Exact(callback)
-        kwargs: dict[str, Any] = {"limit_val_batches": 0, "max_epochs": 1}
+        kwargs: dict[str, Any] = {"limit_val_batches": 0, "max_epochs": 1, "use_distributed_sampler": False}
         run = trainer(folder, callbacks=[callback, exact], strategy="ddp", devices=2, **kwargs)
         module = SharedData()
-        run.fit(module, noise(24))
+        run.fit(module)
         both = gathered((exact.history, module.state_dict()))
         for mine, theirs in zip(*(masks for masks, _ in both), strict=True):
             assert all(torch.equal(mine[name], theirs[name]) for name in WEIGHTS)
