@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-__all__ = ["gathered", "mean_over_processes", "world"]
+__all__ = ["broadcast_from_first", "gathered", "mean_over_processes", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -37,3 +37,10 @@ def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
         distributed.all_reduce(value)
         value /= processes
     return value
+
+
+def broadcast_from_first(value: torch.Tensor) -> None:
+    """Overwrite a tensor with that of the first process; all must call this."""
+    if world()[0] > 1:
+        # gloo knows no bool
+        distributed.broadcast(value.view(torch.uint8) if value.dtype == torch.bool else value, 0)

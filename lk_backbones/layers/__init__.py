@@ -29,6 +29,7 @@ from lk_backbones.layers.reparam import (
     reparameterize,
 )
 from lk_backbones.layers.restore import restore_conv2d
+from lk_backbones.layers.sparsity import count_nonzero_parameters
 
 __all__ = [
     "ConvNorm",
@@ -44,6 +45,7 @@ __all__ = [
     "ReparamLargeKernelConv2d",
     "ReparamPeripheralConv2d",
     "called_in_a_row",
+    "count_nonzero_parameters",
     "embed_kernel",
     "fold_norm_into_next",
     "fold_norm_into_previous",
