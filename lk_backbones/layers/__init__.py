@@ -1,6 +1,7 @@
 """Modules made of ops."""
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d, replace_depthwise
+from lk_backbones.layers.enlarge import EnlargedConv2d, EnlargementPlan, enlarge_kernels, plan_enlargement
 from lk_backbones.layers.fold import (
     embed_kernel,
     fold_norm_into_next,
@@ -26,6 +27,8 @@ from lk_backbones.layers.restore import restore_conv2d
 __all__ = [
     "ConvNorm",
     "DepthwiseConv2d",
+    "EnlargedConv2d",
+    "EnlargementPlan",
     "InputConvNorm",
     "PackedConv2d",
     "PackedLinear",
@@ -35,12 +38,14 @@ __all__ = [
     "ReparamLargeKernelConv2d",
     "called_in_a_row",
     "embed_kernel",
+    "enlarge_kernels",
     "fold_norm_into_next",
     "fold_norm_into_previous",
     "fold_scale_into_previous",
     "fold_shift_into_next",
     "is_foldable",
     "merge_kernels",
+    "plan_enlargement",
     "prepack_weights",
     "reparameterize",
     "replace_depthwise",
