@@ -8,11 +8,18 @@ from lk_backbones.layers.fold import (
     fold_norm_into_previous,
     fold_scale_into_previous,
     fold_shift_into_next,
+    fold_shift_into_previous,
     is_foldable,
     merge_kernels,
 )
 from lk_backbones.layers.memory_format import PreferredMemoryFormat
 from lk_backbones.layers.packed import PackedConv2d, PackedLinear, called_in_a_row
+from lk_backbones.layers.peripheral import (
+    KernelPositionEmbedding,
+    PeripheralDepthwiseConv2d,
+    ReparamPeripheralConv2d,
+    peripheral_grid,
+)
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.layers.reparam import (
     ConvNorm,
@@ -30,12 +37,15 @@ __all__ = [
     "EnlargedConv2d",
     "EnlargementPlan",
     "InputConvNorm",
+    "KernelPositionEmbedding",
     "PackedConv2d",
     "PackedLinear",
+    "PeripheralDepthwiseConv2d",
     "PointwiseConv2d",
     "PreferredMemoryFormat",
     "ReparamDepthwiseConv2d",
     "ReparamLargeKernelConv2d",
+    "ReparamPeripheralConv2d",
     "called_in_a_row",
     "embed_kernel",
     "enlarge_kernels",
@@ -43,8 +53,10 @@ __all__ = [
     "fold_norm_into_previous",
     "fold_scale_into_previous",
     "fold_shift_into_next",
+    "fold_shift_into_previous",
     "is_foldable",
     "merge_kernels",
+    "peripheral_grid",
     "plan_enlargement",
     "prepack_weights",
     "reparameterize",
