@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.fold import merge_into
+from lk_backbones.layers.peripheral import expand_cells, peripheral_grid
 from lk_backbones.ops import depthwise_conv2d
 
 __all__ = [
@@ -32,12 +33,14 @@ __all__ = [
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 Size = tuple[int, int]
 
-# torch.fx records the op as one call, as it does torch's own convolution.
+# torch.fx records each as one call.
 torch.fx.wrap("depthwise_conv2d")
+torch.fx.wrap("expand_cells")
 
 # By these timm.utils.reparameterize_model finds what folds itself, reading the weights of the convolutions inside.
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")
 _LARGE = "large_weight"
+_CENTRE = 2  # taps around the centre of a peripheral kernel that have weights of their own
 
 
 class EnlargedConv2d(DepthwiseConv2d):
@@ -55,13 +58,18 @@ class EnlargedConv2d(DepthwiseConv2d):
             size.
         large_kernel_size: Rows and columns of the large kernel, in taps: with a dilation it reaches further. Odd, and
             no smaller than the small one.
+        peripheral: Whether the outer taps of the large kernel share weights, as `enlarge_kernels`.
         **kwargs: As `DepthwiseConv2d`.
+
+    Attributes:
+        large_weight: The large kernel, ``(C, 1, *large_kernel_size)``; one value for each cell if there is a grid.
+        grid: Widths of the cells that share a weight along both axes, or ``None`` if every tap has its own.
 
     Raises:
         ValueError: If the convolution is none that keeps the map's size, or the large kernel does not fit it.
     """
 
-    def __init__(self, *args: Any, large_kernel_size: int | Size, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, large_kernel_size: int | Size, peripheral: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if (problem := _problem(self)) is not None:
             raise ValueError(f"EnlargedConv2d needs a convolution that can be enlarged, got {problem}")
@@ -71,10 +79,15 @@ class EnlargedConv2d(DepthwiseConv2d):
                 f"large_kernel_size must be odd and at least the kernel_size {_shown(self.kernel_size)}, "
                 f"got {_shown((rows, columns))}"
             )
-        self._add_large_kernel((rows, columns))
+        self._add_large_kernel((rows, columns), peripheral)
 
-    def _add_large_kernel(self, size: Size) -> None:
+    def _add_large_kernel(self, size: Size, peripheral: bool) -> None:
         self.large_kernel_size = size
+        # a strip has few weights as it is
+        shared = peripheral and size[0] == size[1]
+        self.grid: list[int] | None = peripheral_grid(size[0], min(_CENTRE, size[0] // 2)) if shared else None
+        if self.grid is not None:
+            size = (len(self.grid), len(self.grid))
         # zero, and yet it learns: its gradient is a product of the input and the output's gradient
         zeros = self.weight.detach().new_zeros(self.out_channels, 1, *size)
         self.large_weight = nn.Parameter(zeros, requires_grad=self.weight.requires_grad)
@@ -83,7 +96,8 @@ class EnlargedConv2d(DepthwiseConv2d):
         """Return the sum of both kernels, ``(C, 1, *large_kernel_size)``, with the gradients of both."""
         rows = (self.large_kernel_size[0] - self.kernel_size[0]) // 2
         columns = (self.large_kernel_size[1] - self.kernel_size[1]) // 2
-        return self.large_weight + F.pad(self.weight, (columns, columns, rows, rows))
+        large = self.large_weight if self.grid is None else expand_cells(self.large_weight, self.grid)
+        return large + F.pad(self.weight, (columns, columns, rows, rows))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` or ``(C, H, W)`` to the same shape."""
@@ -99,18 +113,20 @@ class EnlargedConv2d(DepthwiseConv2d):
 
     def reparameterize(self) -> None:
         """Add the small kernel to the centre of the large one and become a `DepthwiseConv2d`, in place."""
-        merged = merge_into(self.large_weight, self.weight)
+        large = self.large_weight if self.grid is None else expand_cells(self.large_weight, self.grid)
+        merged = merge_into(large, self.weight)
         self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
         self.kernel_size = self.large_kernel_size
         if self.padding != "same":
             self.padding = tuple(step * (size // 2) for step, size in zip(self.dilation, self.kernel_size, strict=True))
             self._reversed_padding_repeated_twice = [pad for pad in reversed(self.padding) for _ in range(2)]
-        del self.large_weight, self.large_kernel_size
+        del self.large_weight, self.large_kernel_size, self.grid
         self.__class__ = DepthwiseConv2d  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        return f"{super().extra_repr()}, large_kernel_size={self.large_kernel_size}"
+        grid = "" if self.grid is None else f", grid={self.grid}"
+        return f"{super().extra_repr()}, large_kernel_size={self.large_kernel_size}{grid}"
 
 
 @dataclass
@@ -139,6 +155,7 @@ def enlarge_kernels(
     kernel_size: int | Sequence[int],
     stages: int | Sequence[int] | None = None,
     pattern: str | Sequence[str] | None = None,
+    peripheral: bool = False,
     inplace: bool = False,
 ) -> ModuleType:
     """Give the depthwise convolutions of any network large kernels, without a change of its outputs at the start.
@@ -166,6 +183,9 @@ def enlarge_kernels(
             ``feature_info``; ``None`` for all. A level's stage is what lies between it and the level before.
         pattern: Names of the convolutions to enlarge, with the wildcards of a shell, such as
             ``"*stages.2*conv_dw"``, or several; ``None`` for all.
+        peripheral: Whether the outer taps of square large kernels share weights (PeLK, arXiv 2403.07589, section 3.1):
+            those up to two steps from the centre have their own, outwards lie cells of 2, 4, 8, … taps along each axis
+            (`lk_backbones.layers.peripheral_grid`). So 51×51 taps have 13×13 weights. The convolution costs the same.
         inplace: Whether to change ``model`` itself rather than a copy.
 
     Returns:
@@ -183,7 +203,7 @@ def enlarge_kernels(
         conv: Any = model.get_submodule(name)
         # The class and a parameter are what differs; a new module would lose hooks and whatever refers to the old one.
         conv.__class__ = EnlargedConv2d
-        conv._add_large_kernel(size)
+        conv._add_large_kernel(size, peripheral)
     return model
 
 

@@ -42,7 +42,7 @@ _REMOTE = ("hf-hub:", "local-dir:")
 _DEFAULT_WEIGHTS = (True, "pretrained")
 # Arguments of the enlargement of an encoder's kernels, with their types.
 _OF_ENLARGEMENT = {
-    name: hint for name, hint in get_type_hints(plan_enlargement).items() if name not in ("model", "return")
+    name: hint for name, hint in get_type_hints(enlarge_kernels).items() if name not in ("model", "inplace", "return")
 }
 # Arguments of a timm model that smp or the task decide on.
 _SET_BY_SMP = ("in_chans", "num_classes", "global_pool", "output_stride")
@@ -244,7 +244,7 @@ def enlarge_encoder(encoder: nn.Module, value: int | Mapping[str, Any] | None) -
     if not arguments:
         return
     try:
-        plan = plan_enlargement(encoder, **arguments)
+        plan = plan_enlargement(encoder, **{k: v for k, v in arguments.items() if k != "peripheral"})
         enlarge_kernels(encoder, **arguments, inplace=True)
     except ValueError as error:
         raise ValueError(f"enlarge_kernels={value}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from lk_backbones.layers import (
     EnlargedConv2d,
     PackedConv2d,
     ReparamLargeKernelConv2d,
+    peripheral_grid,
     replace_depthwise,
     restore_conv2d,
 )
@@ -146,6 +146,9 @@ class Folding(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8))
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.inner(input)
+
     def fuse(self) -> nn.Module:
         return self.inner[0]
 
@@ -192,7 +195,8 @@ def test_what_is_left_alone_is_listed_with_its_reason(reason: str) -> None:
     assert "1 depthwise convolutions enlarged, 1 left alone\n  3x3 to 9x9: 1\n" in str(plan)
     x = torch.randn(1, 4, 14, 14)
     with torch.no_grad():
-        torch.testing.assert_close(enlarge_kernels(model, 9)(x), model(x), rtol=1e-5, atol=1e-5)
+        before = model(x)
+        torch.testing.assert_close(enlarge_kernels(model, 9, inplace=True)(x), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, (1, 3)], ids=str)
@@ -228,6 +232,49 @@ def test_convolution_of_the_sum_of_kernels(dilation: Any, padding: Any, bias: bo
     assert set(dict(conv.named_parameters())) == {"weight", "bias"} - (set() if bias else {"bias"})
 
 
+@pytest.mark.parametrize("kernel_size", [5, 9, 13, 31])
+def test_peripheral_kernels_share_their_outer_weights(kernel_size: int) -> None:
+    """The same as a dense kernel whose taps are equal within a cell; gradients are sums over cells."""
+    torch.manual_seed(0)
+    small = nn.Conv2d(4, 4, 3, padding=1, groups=4).double()
+    conv = enlarge_kernels(small, kernel_size, peripheral=True)
+    grid = peripheral_grid(kernel_size)
+    assert conv.large_weight.shape == (4, 1, len(grid), len(grid))
+    assert sum(conv.grid) == kernel_size
+    conv.large_weight.data.normal_()
+    cells = torch.repeat_interleave(torch.arange(len(grid)), torch.tensor(grid))
+    dense = conv.large_weight.detach()[:, :, cells][..., cells].clone().requires_grad_()
+    x = torch.randn(2, 4, 20, 21, dtype=torch.float64)
+    out = conv(x)
+    expected = small(x) + torch.nn.functional.conv2d(x, dense, padding="same", groups=4)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    seed = torch.randn_like(out)
+    out.backward(seed)
+    expected.backward(seed)
+    summed = torch.zeros_like(conv.large_weight)
+    for i, row in enumerate(cells):
+        for j, column in enumerate(cells):
+            summed[:, :, row, column] += dense.grad[:, :, i, j]
+    torch.testing.assert_close(conv.large_weight.grad, summed, rtol=1e-9, atol=1e-9)
+    folded = reparameterize(conv)
+    assert folded.kernel_size == (kernel_size, kernel_size)
+    torch.testing.assert_close(folded(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_peripheral_kernels_in_a_network() -> None:
+    model, x = create("inception_next_atto"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        enlarged = enlarge_kernels(model, 31, peripheral=True)
+        mixer = enlarged.stages[0].blocks[0].token_mixer
+        shapes = [conv.large_weight.shape[2:] for conv in (mixer.dwconv_hw, mixer.dwconv_w, mixer.dwconv_h)]
+        assert shapes == [(11, 11), (1, 31), (31, 1)]
+        assert "grid=[7, 4, 2, 1, 1, 1, 1, 1, 2, 4, 7]" in repr(mixer.dwconv_hw)
+        assert_golden(enlarged(x), before, 2e-5)
+        trained = fill(enlarged)(x)
+        assert_golden(reparameterize(enlarged)(x), trained, 2e-4)
+
+
 def test_a_zero_kernel_learns() -> None:
     model = enlarge_kernels(create("convnext_atto"), 9)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
@@ -243,7 +290,7 @@ def test_constructor_checks_what_it_is_given() -> None:
     assert "large_kernel_size=(9, 3)" in repr(conv)
     with pytest.raises(ValueError, match="large_kernel_size must be odd and at least the kernel_size 5x5, got 9x3"):
         EnlargedConv2d(8, 8, 5, padding=2, groups=8, large_kernel_size=(9, 3))
-    with pytest.raises(ValueError, match="large_kernel_size must be odd .* got 8x8"):
+    with pytest.raises(ValueError, match=r"large_kernel_size must be odd .* got 8x8"):
         EnlargedConv2d(8, 8, 5, padding=2, groups=8, large_kernel_size=8)
     with pytest.raises(ValueError, match="needs a convolution that can be enlarged, got a stride of 2x2"):
         EnlargedConv2d(8, 8, 5, 2, 2, groups=8, large_kernel_size=9)
@@ -336,7 +383,7 @@ def test_patterns() -> None:
         ({"kernel_size": 7}, r"nothing in this ConvNeXt .* to 7: 12 are left alone, a kernel of 7x7 already"),
         (
             {"kernel_size": 13, "pattern": "stages.3.block.*"},
-            r"pattern 'stages.3.block.\*' matches no convolution .* nearest of 12 are 'stages\.3\.blocks\.[01]\.conv_dw'",
+            r"'stages.3.block.\*' matches no convolution .* nearest of 12 are 'stages\.3\.blocks\.[01]\.conv_dw'",
         ),
         (
             {"kernel_size": 13, "pattern": ["*conv_dw", "stage_1.*"]},
@@ -394,10 +441,13 @@ def test_hooks_references_flags_and_format_stay() -> None:
     ],
     ids=["deepcopy", "pickle", "compile", "script", "trace", "fx", "export"],
 )
-def test_copies_compilers_and_exporters(copied: Callable[[nn.Module], Callable[..., torch.Tensor]]) -> None:
+@pytest.mark.parametrize("peripheral", [False, True])
+def test_copies_compilers_and_exporters(
+    copied: Callable[[nn.Module], Callable[..., torch.Tensor]], peripheral: bool
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), nn.GELU())
-    model = fill(enlarge_kernels(model, 9)).eval()
+    model = fill(enlarge_kernels(model, 9, peripheral=peripheral)).eval()
     x = torch.randn(1, 8, 12, 12)
     expected = model(x)
     torch.testing.assert_close(copied(model)(x), expected)
