@@ -11,8 +11,9 @@ with the latter::
 
 from lk_backbones import heads as _heads  # noqa: F401, registers its architectures
 from lk_backbones.encoders import list_encoders
+from lk_backbones.layers.enlarge import enlarge_kernels, plan_enlargement
 from lk_backbones.layers.reparam import prepack_weights, reparameterize
 
-__all__ = ["list_encoders", "prepack_weights", "reparameterize"]
+__all__ = ["enlarge_kernels", "list_encoders", "plan_enlargement", "prepack_weights", "reparameterize"]
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
-from lk_backbones.encoders._loading import find_encoder, load_encoder
+from lk_backbones.encoders._loading import find_encoder, kernels_of_its_own, load_encoder
 from lk_backbones.repository.build import build_model
 from lk_backbones.repository.folder import check_target, new_folder
 from lk_backbones.repository.layout import RepositoryInfo, write_repository
@@ -78,7 +78,8 @@ def load_weights(
     What the source holds is told from its keys. A whole model goes into a whole model: one of our tasks, an smp model,
     or a checkpoint of OpenMMLab training into the task that it belongs to (`openmmlab_state_dict`). Otherwise the
     encoder inside the source goes into the encoder inside ``model``. Published names are mapped, the first convolution
-    is adapted to other input channels, and a classifier of other classes is left alone, as timm does.
+    is adapted to other input channels, and a classifier of other classes is left alone, as timm does. Where ``model``
+    was enlarged and the source was not, the large kernels keep their values.
 
     Args:
         model: What to load into.
@@ -111,7 +112,8 @@ def load_weights(
     used: frozenset[str] = frozenset().union(*origins.values())
     report.skip("the model has no such part", [key for key in given if key not in used])
     hint = ". load_weights(model.encoder, …) takes the encoder alone" if hasattr(model, "encoder") else ""
-    load_state(model, state, report, "strict" if strict else "partial", _describe(model), lambda: hint)
+    kept = kernels_of_its_own(model, state, report)
+    load_state(model, state, report, "strict" if strict else "partial", _describe(model), lambda: hint, kept)
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,20 @@ from lk_backbones.encoders._names import (
     whole_model,
 )
 from lk_backbones.encoders._registry import list_encoders
+from lk_backbones.layers.enlarge import enlarged_parameters
 from lk_backbones.weights.catalogue import find_published
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
 from lk_backbones.weights.report import LoadReport, Mode, check_values, follow, load_state
 from lk_backbones.weights.sources import Weights, pull, pull_url, split_hub_id
 
-__all__ = ["build_pretrained", "find_encoder", "fitting_arguments", "fitting_encoders", "load_encoder"]
+__all__ = [
+    "build_pretrained",
+    "find_encoder",
+    "fitting_arguments",
+    "fitting_encoders",
+    "kernels_of_its_own",
+    "load_encoder",
+]
 
 _ELSEWHERE = "not part of this encoder (classifier, heads, last norm, deeper stages)"
 _CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.")  # of the models that smp's own encoders come from
@@ -107,8 +115,9 @@ def load_encoder(
         report.skip(reason, sorted(origins[key]))
     if full is not None:
         _adapt_input(full, own, renamed, report)
+    kept = [*new_classifier, *kernels_of_its_own(encoder, renamed, report)]
     title = f"smp's {name}" if full is None else f"'{name}'"
-    load_state(encoder, renamed, report, mode, title, lambda: _hint(weights.state_dict, name), new_classifier)
+    load_state(encoder, renamed, report, mode, title, lambda: _hint(weights.state_dict, name), kept)
     network: Any = getattr(encoder, "model", encoder)
     if isinstance(getattr(network, "pretrained_cfg", None), dict):
         network.pretrained_cfg = network.pretrained_cfg | weights.preprocessing  # what the pictures shall look like
@@ -125,6 +134,24 @@ def _translated(
             f"'{weights.source}' does not hold weights of '{name}': they cannot be renamed "
             f"({type(error).__name__}: {shorten(str(error))}){_hint(weights.state_dict, name)}"
         ) from error
+
+
+def kernels_of_its_own(model: nn.Module, state: Container[str], report: LoadReport) -> list[str]:
+    """Tell the large kernels of a model that weights of the same model, not enlarged, do not have.
+
+    Args:
+        model: What the weights are for.
+        state: Their names, as the model's.
+        report: Gets a note of it.
+
+    Returns:
+        Names of the kernels, which may keep their values; none if the weights are those of an enlarged model.
+    """
+    own = list(enlarged_parameters(model))
+    if not own or any(name in state for name in own):
+        return []
+    report.adapted.append(f"{len(own)} enlarged kernels keep their values: the weights are those of the small ones")
+    return own
 
 
 def _new_classifier(full: nn.Module, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:

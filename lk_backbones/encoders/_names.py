@@ -17,6 +17,7 @@ import torch
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import nn
 
+from lk_backbones.layers.enlarge import original_name
 from lk_backbones.weights.files import unwrap
 from lk_backbones.weights.openmmlab import is_dense_model
 
@@ -132,8 +133,9 @@ def full_names(names: Iterable[str], full: nn.Module) -> dict[str, str]:
         full: The whole model.
 
     Returns:
-        Name there to name in ``full.state_dict()``; those that have none, such as norms of the returned maps that only
-        the extractor has, are left out.
+        Name there to name in ``full.state_dict()``, or to what it would be if the whole model had been enlarged too
+        (`lk_backbones.enlarge_kernels`); those that have none, such as norms of the returned maps that only the
+        extractor has, are left out.
     """
     flattened = {
         f"{parent}_{child}": f"{parent}.{child}"
@@ -147,7 +149,7 @@ def full_names(names: Iterable[str], full: nn.Module) -> dict[str, str]:
         inner = name.removeprefix("model.")
         first, _, rest = inner.partition(".")
         candidates = (inner, f"{flattened.get(first, first)}.{rest}", rest)
-        match = next((candidate for candidate in candidates if candidate in known), None)
+        match = next((candidate for candidate in candidates if original_name(candidate) in known), None)
         if match is not None:
             out[name] = match
     return out
@@ -161,8 +163,8 @@ def timm_names(encoder: nn.Module, full: nn.Module) -> dict[str, str]:
         full: What `timm_model` returns for it.
 
     Returns:
-        Name in ``encoder.state_dict()`` to name in ``full.state_dict()``; tensors that only the extractor has are left
-        out.
+        Name in ``encoder.state_dict()`` to name in ``full.state_dict()``, as from `full_names`; tensors that only the
+        extractor has are left out.
     """
     return full_names(encoder.state_dict(), full)
 

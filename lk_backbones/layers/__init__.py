@@ -1,6 +1,7 @@
 """Modules made of ops."""
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d, replace_depthwise
+from lk_backbones.layers.enlarge import EnlargedConv2d, EnlargementPlan, enlarge_kernels, plan_enlargement
 from lk_backbones.layers.fold import (
     embed_kernel,
     fold_norm_into_next,
@@ -34,6 +35,8 @@ from lk_backbones.layers.sparsity import count_nonzero_parameters
 __all__ = [
     "ConvNorm",
     "DepthwiseConv2d",
+    "EnlargedConv2d",
+    "EnlargementPlan",
     "InputConvNorm",
     "KernelPositionEmbedding",
     "PackedConv2d",
@@ -47,6 +50,7 @@ __all__ = [
     "called_in_a_row",
     "count_nonzero_parameters",
     "embed_kernel",
+    "enlarge_kernels",
     "fold_norm_into_next",
     "fold_norm_into_previous",
     "fold_scale_into_previous",
@@ -55,6 +59,7 @@ __all__ = [
     "is_foldable",
     "merge_kernels",
     "peripheral_grid",
+    "plan_enlargement",
     "prepack_weights",
     "reparameterize",
     "replace_depthwise",

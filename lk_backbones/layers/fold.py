@@ -23,6 +23,7 @@ __all__ = [
     "fold_shift_into_next",
     "fold_shift_into_previous",
     "is_foldable",
+    "merge_into",
     "merge_kernels",
     "norm_scale",
 ]
@@ -170,6 +171,25 @@ def embed_kernel(
     rows, columns = (slice(a, a + (k - 1) * s + 1, s) for a, k, s in zip(start, size, steps, strict=True))
     large[:, :, rows, columns] = weight
     return large
+
+
+def merge_into(weight: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """Add a kernel to the centre of a larger one of the same dilation.
+
+    Args:
+        weight: ``(O, I, K, L)``, odd sizes.
+        small: ``(O, I, k, l)``, odd sizes.
+
+    Returns:
+        The sum, in the dtype and on the device of ``weight``, without a gradient.
+
+    Raises:
+        ValueError: If the kernel is not smaller.
+    """
+    embedded = embed_kernel(_exact(small), (1, 1), (weight.shape[2], weight.shape[3]))
+    if embedded is None:
+        raise ValueError(f"a kernel of {tuple(small.shape[2:])} does not fit inside one of {tuple(weight.shape[2:])}")
+    return (_exact(weight) + embedded).to(weight.dtype).to(weight.device)
 
 
 def merge_kernels(convs: Iterable[nn.Conv2d]) -> list[nn.Conv2d]:

@@ -22,6 +22,7 @@ from torch import nn
 
 import lk_backbones
 from lk_backbones.encoders._names import build_empty, is_timm_model, timm_arguments, timm_names
+from lk_backbones.layers.enlarge import enlarged_parameters
 from lk_backbones.repository.card import CardFacts, write_card
 from lk_backbones.repository.folder import record_files
 from lk_backbones.tasks.base import BaseTask, without_encoder_weights
@@ -191,6 +192,11 @@ def _whole_model(encoder: nn.Module) -> tuple[nn.Module, list[str]]:
     full.pretrained_cfg = full.pretrained_cfg | {
         key: value for key, value in network.pretrained_cfg.items() if key in ("mean", "std", "tag")
     }
+    if added := enlarged_parameters(encoder):
+        raise WeightsError(
+            f"this encoder has {len(added)} enlarged kernels, which a timm model does not have, first '{min(added)}': "
+            f"publish the task it is part of (enlarge_kernels=…), which tells of them"
+        )
     values = encoder.state_dict()
     own = {full_name: values[name] for name, full_name in timm_names(encoder, full).items()}
     new = [key for key in full.state_dict() if key not in own]
@@ -252,7 +258,8 @@ def _write_task(task: BaseTask, folder: Path) -> CardFacts:
         hparams["encoder_weights"] = Path(hparams["encoder_weights"]).name  # not where it lay on this machine
     preprocessing = {"mean": hparams["mean"], "std": hparams["std"]}
     network: Any = getattr(task, "model", None)
-    if isinstance(network, SegmentationModel):
+    # smp does not know of enlarged kernels: only the task can say how to make them
+    if isinstance(network, SegmentationModel) and hparams.get("enlarge_kernels") is None:
         facts = _write_smp_model(network, folder, preprocessing)
         extra = {key: value for key, value in task.state_dict().items() if not key.startswith("model.")}
     else:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lk_backbones.tasks.encoder import check_enlargement
 from lk_backbones.weights.saved import require_finite
 
 __all__ = ["check_shared_arguments"]
@@ -29,6 +30,7 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
     names = hparams["class_names"] or []
     if len(set(names)) != len(names):
         raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
+    check_enlargement(hparams.get("enlarge_kernels"))
     for key in ("lr", "layer_decay"):
         if hparams[key] <= 0:
             raise ValueError(f"{key}={hparams[key]} must be positive")

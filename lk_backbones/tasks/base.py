@@ -22,7 +22,7 @@ from lk_backbones.callbacks.checkpoints import SafeCheckpoints
 from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.drawing.figures import Figures
 from lk_backbones.drawing.palette import Color, class_palette
-from lk_backbones.tasks.encoder import EncoderSpec, resolve_encoder
+from lk_backbones.tasks.encoder import EncoderSpec, enlarge_encoder, resolve_encoder
 from lk_backbones.tasks.optim import (
     encoder_lr_scales,
     parameter_groups,
@@ -109,11 +109,11 @@ class BaseTask(L.LightningModule):
     """Base of the tasks: a network around an encoder, trained by the published recipes.
 
     A subclass stores its constructor's arguments with ``save_hyperparameters()``. Among them are, with the same names
-    in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``in_channels``, ``num_classes``,
-    ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``, ``gradient_checkpointing``, ``optimizer``,
-    ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``, ``layer_decay``, ``warmup_steps``, ``warmup_ratio``,
-    ``power`` and ``min_lr``; and, where the learning rate may drop after some epochs instead of decaying,
-    ``milestones`` and ``gamma``.
+    in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``enlarge_kernels``, ``in_channels``,
+    ``num_classes``, ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``,
+    ``gradient_checkpointing``, ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``,
+    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; and, where the learning rate may drop
+    after some epochs instead of decaying, ``milestones`` and ``gamma``.
 
     Attributes:
         taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.
@@ -155,8 +155,10 @@ class BaseTask(L.LightningModule):
             spec: What the encoder was built from.
 
         Raises:
-            ValueError: If gradient checkpointing is asked of an encoder that has none, or mean and std do not fit.
+            ValueError: If gradient checkpointing is asked of an encoder that has none, nothing of it can be enlarged,
+                or mean and std do not fit.
         """
+        enlarge_encoder(self.encoder, self.hparams.get("enlarge_kernels"))  # its weights are those of small kernels
         if self.hparams["gradient_checkpointing"]:
             _checkpoint_gradients(self.encoder, spec)
         if self.hparams["freeze_encoder"]:

@@ -81,6 +81,8 @@ class DetectionTask(BaseTask):
         min_lr: Learning rate at the end of the polynomial decay (of parameters with scale 1).
         freeze_encoder: Train only pyramid and heads; the encoder's batch norms are frozen too.
         gradient_checkpointing: Recompute the encoder's blocks in the backward pass, to save memory (timm models only).
+        enlarge_kernels: Enlarge the encoder's depthwise kernels to this odd size once its weights are loaded, see
+            `lk_backbones.enlarge_kernels`; or its keyword arguments, such as ``{"kernel_size": 31, "stages": [2]}``.
 
     Raises:
         ValueError: If a name, weight or combination of arguments is impossible; the message says what would be right.
@@ -121,6 +123,7 @@ class DetectionTask(BaseTask):
         min_lr: float = 0.0,
         freeze_encoder: bool = False,
         gradient_checkpointing: bool = False,
+        enlarge_kernels: int | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -6,8 +6,9 @@ encoders go by their own name. Weights come from timm or smp by their own names,
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import segmentation_models_pytorch as smp
 import timm
@@ -18,14 +19,18 @@ from lk_backbones._printing import printable
 from lk_backbones.encoders import list_encoders
 from lk_backbones.encoders._loading import load_encoder
 from lk_backbones.encoders._names import timm_model, timm_names
+from lk_backbones.layers.enlarge import check_kernel_sizes, enlarge_kernels, plan_enlargement
 from lk_backbones.weights.arguments import check_architecture, check_buildable, weight_arguments
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
+from lk_backbones.weights.saved import fits
 from lk_backbones.weights.sources import is_source, pull, pull_config
 
 __all__ = [
     "EncoderSpec",
     "build_encoder",
+    "check_enlargement",
+    "enlarge_encoder",
     "load_encoder_weights",
     "nearest",
     "resolve_encoder",
@@ -35,6 +40,10 @@ __all__ = [
 
 _REMOTE = ("hf-hub:", "local-dir:")
 _DEFAULT_WEIGHTS = (True, "pretrained")
+# Arguments of the enlargement of an encoder's kernels, with their types.
+_OF_ENLARGEMENT = {
+    name: hint for name, hint in get_type_hints(enlarge_kernels).items() if name not in ("model", "inplace", "return")
+}
 # Arguments of a timm model that smp or the task decide on.
 _SET_BY_SMP = ("in_chans", "num_classes", "global_pool", "output_stride")
 
@@ -190,6 +199,62 @@ def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> None:
             f"'{report.source}' lacks {len(report.missing)} tensors of '{spec.name}', left random: "
             f"{report.missing[:5]} …"
         )
+
+
+def check_enlargement(value: int | Mapping[str, Any] | None) -> None:
+    """Check the argument `enlarge_kernels` of a task before anything is built.
+
+    Args:
+        value: An odd kernel size, or the keyword arguments of `lk_backbones.enlarge_kernels`, or ``None`` for nothing.
+
+    Raises:
+        ValueError: With what would be right.
+    """
+    arguments = _enlargement(value)
+    for name in arguments:
+        if name not in _OF_ENLARGEMENT:
+            raise ValueError(
+                f"enlarge_kernels has no argument '{name}', only {', '.join(_OF_ENLARGEMENT)}"
+                f"{nearest(str(name), _OF_ENLARGEMENT)}"
+            )
+    if value is not None and "kernel_size" not in arguments:
+        raise ValueError(f"enlarge_kernels={dict(arguments)} needs a kernel_size, such as 13")
+    for name, argument in arguments.items():
+        if not fits(argument, _OF_ENLARGEMENT[name]):
+            expected = str(_OF_ENLARGEMENT[name]).replace("collections.abc.", "")
+            raise ValueError(f"enlarge_kernels: {name}={argument!r} must be {expected}")
+    if arguments:
+        try:
+            check_kernel_sizes(arguments["kernel_size"])
+        except ValueError as error:
+            raise ValueError(f"enlarge_kernels={value}: {error}") from error
+
+
+def enlarge_encoder(encoder: nn.Module, value: int | Mapping[str, Any] | None) -> None:
+    """Enlarge an encoder's depthwise kernels in place, once its weights are loaded, and say which.
+
+    Args:
+        encoder: The encoder.
+        value: As for `check_enlargement`.
+
+    Raises:
+        ValueError: If nothing can be enlarged that way, with the reasons.
+    """
+    arguments = _enlargement(value)
+    if not arguments:
+        return
+    try:
+        plan = plan_enlargement(encoder, **{k: v for k, v in arguments.items() if k != "peripheral"})
+        enlarge_kernels(encoder, **arguments, inplace=True)
+    except ValueError as error:
+        raise ValueError(f"enlarge_kernels={value}: {error}") from error
+    rank_zero_info(printable(plan, newlines=True))
+
+
+def _enlargement(value: int | Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else {"kernel_size": value}
 
 
 def _is_published_name(weights: str | os.PathLike[str]) -> bool:

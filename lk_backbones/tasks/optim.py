@@ -14,6 +14,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, LRScheduler, MultiStepLR
 
+from lk_backbones.layers.enlarge import original_name
 from lk_backbones.tasks.encoder import timm_model, timm_names
 
 __all__ = [
@@ -53,7 +54,8 @@ def encoder_lr_scales(
             f"layer_decay={layer_decay} needs to know the encoder's layers, and only timm models tell them: use a "
             f"'tu-…' encoder or one of lk_backbones instead of {type(encoder).__name__}, or layer_decay=1"
         ) from error
-    names = timm_names(encoder, full)
+    # an enlarged kernel, which timm's model does not have, goes with the kernel it was made of
+    names = {name: original_name(full_name) for name, full_name in timm_names(encoder, full).items()}
     exempt_in_full = set(full.no_weight_decay()) if hasattr(full, "no_weight_decay") else set()
     exempt = {name for name, full_name in names.items() if full_name in exempt_in_full}
     if layer_decay == 1:

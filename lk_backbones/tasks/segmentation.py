@@ -71,6 +71,8 @@ class SegmentationTask(BaseTask):
         min_lr: Learning rate at the end (of parameters with scale 1).
         freeze_encoder: Train only decoder and heads; the encoder's batch norms are frozen too.
         gradient_checkpointing: Recompute the encoder's blocks in the backward pass, to save memory (timm models only).
+        enlarge_kernels: Enlarge the encoder's depthwise kernels to this odd size once its weights are loaded, see
+            `lk_backbones.enlarge_kernels`; or its keyword arguments, such as ``{"kernel_size": 31, "stages": [2]}``.
         inference: ``"whole"`` image at once, or ``"slide"`` a window over it and average.
         slide_crop: Height and width of the window.
         slide_stride: Vertical and horizontal step of the window.
@@ -115,6 +117,7 @@ class SegmentationTask(BaseTask):
         min_lr: float = 0.0,
         freeze_encoder: bool = False,
         gradient_checkpointing: bool = False,
+        enlarge_kernels: int | dict[str, Any] | None = None,
         inference: Literal["whole", "slide"] = "whole",
         slide_crop: tuple[int, int] = (512, 512),
         slide_stride: tuple[int, int] = (341, 341),
