@@ -17,6 +17,8 @@ from lk_backbones.encoders._loading import fitting_encoders
 from lk_backbones.encoders._names import translate
 from lk_backbones.encoders.unireplknet import UniRepLKNet, checkpoint_arguments, checkpoint_filter_fn
 from lk_backbones.layers import restore_conv2d
+from lk_backbones.tasks import SegmentationTask
+from lk_backbones.tasks.optim import encoder_lr_scales
 from tests.conftest import assert_golden, load_golden, load_manifest
 
 DEPTHS = (2, 2, 4, 2)
@@ -261,6 +263,27 @@ def test_drop_path_grows_linearly_over_blocks() -> None:
     model = build("tiny", drop_path_rate=0.9)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([index / 10 for index in range(10)])
+
+
+# Variant and layers below the head, as in the authors' configurations of ADE20K (the last for 18 blocks, not 27).
+@pytest.mark.parametrize(("variant", "num_layers"), [("s", 12), ("t", 9)])
+def test_layers_are_those_that_the_published_decay_counts(variant: str, num_layers: int) -> None:
+    with torch.device("meta"):
+        task = SegmentationTask(encoder=f"unireplknet_{variant}", encoder_kwargs={"norm_features": True})
+    scales, _ = encoder_lr_scales(task.encoder, 0.9, task.hparams["encoder_kwargs"])
+    assert scales.keys() == {name for name, _ in task.encoder.named_parameters()}
+    for name, scale in scales.items():
+        stage, block = re.search(r"stages[._](\d)", name), re.search(r"blocks\.(\d+)", name)
+        if "stem" in name:
+            layer = 0
+        elif stage is None:
+            assert "feature_norms" in name
+            layer = num_layers + 1
+        elif stage[1] == "2":
+            layer = 3 + (int(block[1]) // 3 if block else 0)
+        else:
+            layer = {"0": 1, "1": 2, "3": num_layers}[stage[1]]
+        assert scale == pytest.approx(0.9 ** (num_layers + 1 - layer)), name
 
 
 def test_other_kernels_and_branches() -> None:
