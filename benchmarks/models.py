@@ -185,7 +185,7 @@ def profile(run: Callable[[], object]) -> str:
 
 
 def group(text: str) -> tuple[str, tuple[str, ...]]:
-    """An encoder's name and those of the backbones beside it, out of ``NAME`` or ``NAME:OTHER,OTHER``."""
+    """Read an encoder's name and those of the backbones beside it, out of ``NAME`` or ``NAME:OTHER,OTHER``."""
     ours, _, others = text.partition(":")
     names = tuple(filter(None, others.split(","))) or GROUPS.get(ours, ())
     if unknown := [name for name in (ours, *names) if not timm.is_model(name)]:

@@ -19,8 +19,10 @@ from lk_backbones.tasks.base import without_encoder_weights
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PUBLISHED = [path for path in RECIPES if path.parent.name in ("cityscapes", "ade20k", "coco")]
-# Samples of a whole training: crops for segmentation, epochs of 117266 pictures with objects for COCO.
-SAMPLES = {"cityscapes": 1_280_000, "ade20k": 5_120_000, "3x": 36 * 117_266, "2x": 24 * 117_266, "1x": 12 * 117_266}
+# Epochs of 117266 pictures with objects.
+SAMPLES_OF_COCO = {"3x": 36 * 117_266, "2x": 24 * 117_266, "1x": 12 * 117_266}
+# Crops of a whole training. The other families follow ConvNeXt's recipe for ADE20K, 160k steps of 16.
+CROPS = {"cityscapes": {"replknet": 1_280_000}, "ade20k": {"replknet": 5_120_000, "unireplknet": 2_560_000}}
 
 
 def name(path: Path) -> str:
@@ -29,6 +31,10 @@ def name(path: Path) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
+
+
+def family(config: dict[str, Any]) -> str:
+    return config["model"]["init_args"]["encoder"].partition("_")[0]
 
 
 def build(path: Path) -> Any:
@@ -42,7 +48,7 @@ def build(path: Path) -> Any:
 def test_there_are_recipes() -> None:
     folders = {"quickstart", "own", "camvid", "cityscapes", "ade20k", "bccd", "coco"}
     assert {path.parent.name for path in RECIPES} == folders
-    assert len(PUBLISHED) == 11
+    assert len(PUBLISHED) == 21
 
 
 def test_the_list_has_every_recipe() -> None:
@@ -80,21 +86,22 @@ def test_published_recipes_see_the_published_number_of_samples(path: Path) -> No
     assert batch_size == expected["expected_batch_size"]
     if path.parent.name != "coco":  # whose length is given in epochs
         assert batch_size * trainer["max_steps"] == expected["expected_samples"]
-        assert expected["expected_samples"] == SAMPLES[path.parent.name]
+        assert expected["expected_samples"] == CROPS[path.parent.name][family(config)]
         return
-    assert trainer["max_epochs"] * 117_266 == expected["expected_samples"] == SAMPLES[path.stem.split("_")[-1]]
+    assert trainer["max_epochs"] * 117_266 == expected["expected_samples"] == SAMPLES_OF_COCO[path.stem.split("_")[-1]]
     milestones = config["model"]["init_args"]["milestones"]
     assert milestones == {36: [27, 33], 24: [16, 22], 12: [8, 11]}[trainer["max_epochs"]]
 
 
 @pytest.mark.parametrize("path", [p for p in PUBLISHED if p.parent.name != "coco"], ids=name)
 def test_published_recipes_and_defaults_have_the_published_scales(path: Path) -> None:
-    """Of the configurations in RepLKNet-pytorch: all of ADE20K, at crops of 640 too, and Cityscapes at crops of 769."""
+    """Of RepLKNet's configurations: all of ADE20K, at crops of 640 too, and Cityscapes at crops of 769."""
     config = read(path)["data"]
     module = getattr(lk_backbones.data, config["class_path"])
     published = {"ade20k": (2048, 512), "cityscapes": (2049, 1025)}[path.parent.name]
-    for data in (module(**config["init_args"]), module()):
-        assert tuple(data.base_size) == tuple(data.test_size) == published
+    wide = family(read(path)) == "unireplknet" and config["init_args"]["crop_size"] == 640  # their own choice
+    for data, size in ((module(**config["init_args"]), (2560, 640) if wide else published), (module(), published)):
+        assert tuple(data.base_size) == tuple(data.test_size) == size
         assert tuple(data.scale_range) == (0.5, 2.0)
         assert data.cat_max_ratio == 0.75
 
@@ -143,13 +150,13 @@ def test_the_list_is_printed_with_numbers(capsys: pytest.CaptureFixture[str]) ->
     main(["recipes"])
     out = capsys.readouterr().out
     assert all(name(path) in out for path in RECIPES)
-    main(["recipes", "xl"])
+    main(["recipes", "replknet_xl"])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if "replknet" in line]
     assert [row[0] for row in rows] == ["ade20k/upernet_replknet_xl_640", "coco/cascade_mask_rcnn_replknet_xl_3x"]
     assert "mIoU 55.2 single-scale, 56.0 multi-scale" in out
     assert "box AP 55.5, mask AP 48.0" in out
-    main(["recipes", "coco*31l"])
+    main(["recipes", "coco*replknet_31l"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "replknet" in line] == [
         "coco/cascade_mask_rcnn_replknet_31l_22k_3x"
     ]
