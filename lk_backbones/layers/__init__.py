@@ -7,11 +7,18 @@ from lk_backbones.layers.fold import (
     fold_norm_into_previous,
     fold_scale_into_previous,
     fold_shift_into_next,
+    fold_shift_into_previous,
     is_foldable,
     merge_kernels,
 )
 from lk_backbones.layers.memory_format import PreferredMemoryFormat
 from lk_backbones.layers.packed import PackedConv2d, PackedLinear, called_in_a_row
+from lk_backbones.layers.peripheral import (
+    KernelPositionEmbedding,
+    PeripheralDepthwiseConv2d,
+    ReparamPeripheralConv2d,
+    peripheral_grid,
+)
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.layers.reparam import (
     ConvNorm,
@@ -27,20 +34,25 @@ __all__ = [
     "ConvNorm",
     "DepthwiseConv2d",
     "InputConvNorm",
+    "KernelPositionEmbedding",
     "PackedConv2d",
     "PackedLinear",
+    "PeripheralDepthwiseConv2d",
     "PointwiseConv2d",
     "PreferredMemoryFormat",
     "ReparamDepthwiseConv2d",
     "ReparamLargeKernelConv2d",
+    "ReparamPeripheralConv2d",
     "called_in_a_row",
     "embed_kernel",
     "fold_norm_into_next",
     "fold_norm_into_previous",
     "fold_scale_into_previous",
     "fold_shift_into_next",
+    "fold_shift_into_previous",
     "is_foldable",
     "merge_kernels",
+    "peripheral_grid",
     "prepack_weights",
     "reparameterize",
     "replace_depthwise",

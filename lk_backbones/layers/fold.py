@@ -21,6 +21,7 @@ __all__ = [
     "fold_norm_into_previous",
     "fold_scale_into_previous",
     "fold_shift_into_next",
+    "fold_shift_into_previous",
     "is_foldable",
     "merge_kernels",
     "norm_scale",
@@ -127,6 +128,22 @@ def fold_shift_into_next(shift: torch.Tensor, layer: nn.Conv2d | nn.Linear) -> N
     if shift.numel() != weight.shape[1]:
         raise ValueError(f"a shift of {shift.numel()} channels does not come before {layer}")
     _set_folded(layer, weight, bias + weight.flatten(1) @ _exact(shift).flatten())
+
+
+def fold_shift_into_previous(layer: nn.Conv2d | nn.Linear, shift: torch.Tensor) -> None:
+    """Fold a shift per channel that follows ``layer`` into its bias, in place.
+
+    Args:
+        layer: Convolution or linear layer of ``O`` output channels.
+        shift: What is added to each of them, ``O`` values in any shape.
+
+    Raises:
+        ValueError: If there are not ``O`` values.
+    """
+    weight, bias = _weight_and_bias(layer)
+    if shift.numel() != len(weight):
+        raise ValueError(f"a shift of {shift.numel()} channels does not follow {layer}")
+    _set_folded(layer, weight, bias + _exact(shift).flatten())
 
 
 def embed_kernel(

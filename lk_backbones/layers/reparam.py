@@ -59,8 +59,8 @@ class ConvNorm(nn.Module):
         in_channels: Channels of the input ``(N, in_channels, H, W)``.
         out_channels: Channels of the output ``(N, out_channels, H', W')``.
         kernel_size: Odd kernel size, for both axes or for ``(rows, columns)``; the padding keeps the map's size at
-            stride 1.
-        stride: Stride; sizes round up.
+            stride 1. An even size has no padding: as large as the stride, it cuts the map into patches.
+        stride: Stride; sizes round up, with an even kernel down.
         dilation: Distance between the kernel's taps in pixels, for both axes or for ``(rows, columns)``.
         groups: ``1``, or ``in_channels == out_channels`` for a depthwise convolution.
         act_layer: Class or timm name of the activation that follows, or ``None`` for none.
@@ -97,7 +97,7 @@ class ConvNorm(nn.Module):
             out_channels,
             size,
             stride=stride,
-            padding=(dilation[0] * (size[0] // 2), dilation[1] * (size[1] // 2)),
+            padding=tuple(step * (k // 2) if k % 2 else 0 for k, step in zip(size, dilation, strict=True)),
             dilation=dilation,
             groups=groups,
             bias=bias,

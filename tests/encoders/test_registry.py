@@ -172,7 +172,8 @@ def test_timm_folds_to_the_same_outputs(small_encoder: str) -> None:
     model = randomize_norms(timm.create_model(small_encoder)).eval()
     x = torch.randn(1, 3, 64, 96)
     assert_golden(reparameterize_model(model)(x), model(x), 1e-4)
-    assert sum(p.numel() for p in reparameterize_model(model).parameters()) < sum(p.numel() for p in model.parameters())
+    # in number: a kernel of shared weights has more of them once it is dense
+    assert len(list(reparameterize_model(model).parameters())) < len(list(model.parameters()))
 
 
 def test_packed_weights_give_the_same_outputs(small_encoder: str) -> None:
