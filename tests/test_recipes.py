@@ -15,6 +15,7 @@ import lk_backbones.tasks
 from lk_backbones.cli import main
 from lk_backbones.cli.recipes import Recipe, list_recipes
 from lk_backbones.tasks.base import without_encoder_weights
+from tests.conftest import ALL_ENCODERS, count_parameters
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -37,12 +38,12 @@ def family(config: dict[str, Any]) -> str:
     return config["model"]["init_args"]["encoder"].partition("_")[0]
 
 
-def build(path: Path) -> Any:
+def build(path: Path, **changes: Any) -> Any:
     """The recipe's task, without weights, on the meta device if it can be built there."""
     model = read(path)["model"]
     task = getattr(lk_backbones.tasks, model["class_path"])
     with without_encoder_weights(), torch.device("meta"):
-        return task(**model["init_args"])
+        return task(**(model["init_args"] | changes))
 
 
 def test_there_are_recipes() -> None:
@@ -118,6 +119,58 @@ def test_published_recipes_have_the_published_size(path: Path) -> None:
     assert parameters == pytest.approx(published, rel=0.025)
     words = ("box AP", "val2017") if path.parent.name == "coco" else ("mIoU", "single-scale")
     assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "millions"),
+    [("ade20k/upernet_unireplknet_l_640", 425), ("coco/cascade_mask_rcnn_unireplknet_l_22k_3x", 443)],
+)
+def test_one_argument_makes_the_extra_large_one(recipe: str, millions: int) -> None:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    assert f"UniRepLKNet-XL ({millions} M parameters" in path.read_text()
+    assert f"{recipe} --model.encoder unireplknet_xl\n" in path.read_text()
+    task = build(path, encoder="unireplknet_xl")
+    assert sum(p.numel() for p in task.model.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
+
+
+# The smallest encoder of every family, so that a new one is tested by being registered.
+SMALLEST = {}
+for _name in sorted(ALL_ENCODERS, key=count_parameters, reverse=True):
+    SMALLEST[_name.partition("_")[0]] = _name
+FEW_STEPS = [
+    *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"),
+    *("--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.enable_progress_bar", "false", "--data.image_size", "[64, 96]", "--data.batch_size", "2"),
+    *("--data.train_images", "4", "--data.val_images", "1", "--data.num_workers", "0", "--model.warmup_steps", "1"),
+]
+UPERNET = [  # as in the recipes of ADE20K
+    *("--model.architecture", "upernet_openmmlab", "--model.architecture_kwargs", '{"decoder_channels": 16}'),
+    *("--model.auxiliary_weight", "0.4", "--model.layer_decay", "0.9", "--model.bias_weight_decay", "0"),
+    *("--model.encoder_kwargs", '{"drop_path_rate": 0.1, "norm_features": true}'),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("unet_replknet_31n_scenes", []),
+        ("unet_replknet_31n_scenes", UPERNET),
+        ("cascade_mask_rcnn_replknet_31n_scenes", ["--model.min_size", "64", "--model.max_size", "96"]),
+    ],
+    ids=["unet", "upernet", "cascade_mask_rcnn"],
+)
+@pytest.mark.parametrize("encoder", SMALLEST.values())
+def test_every_family_trains_by_the_recipes(encoder: str, recipe: str, flags: list[str], tmp_path: Path) -> None:
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    main(["fit", "--config", f"quickstart/{recipe}", "--model.encoder", encoder, *FEW_STEPS, *flags, *folder])
+    (path,) = tmp_path.rglob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["hyper_parameters"]["encoder"] == encoder
+    moments = [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+    assert all(torch.isfinite(moment).all() for moment in moments)
+    # no parameter was out of reach of the loss; with random boxes a head may see no example
+    assert sum(bool(moment.any()) for moment in moments) > 0.9 * len(moments)
 
 
 RESULT = r"mIoU \d\d\.\d single-scale, \d\d\.\d multi-scale|box AP \d\d\.\d(, mask AP \d\d\.\d)?"
