@@ -1,13 +1,16 @@
-"""Whole models on this machine: RepLKNet beside its reference formulation and the usual backbones.
+"""Whole models on this machine: encoders beside their reference formulations and the usual backbones of their sizes.
 
-Folded inference and a training step (forward, backward; no optimiser) at 224 pixels, every contestant in turn, round
-after round; medians and bests. The reference formulation is the same network as the authors' code computes it: plain
-``nn.Conv2d`` in NCHW and, folded, only the small kernels and the norms of the large ones merged. Weights packed: see
+Folded inference and a training step (forward, backward; no optimiser) at 224 pixels, every contestant of a group in
+turn, round after round; medians and bests. A group is one encoder, its reference formulation and backbones of its size.
+The reference formulation is the same network as the authors' code computes it: plain ``nn.Conv2d`` in NCHW, linear
+layers where the authors have them and, folded, what the authors fold. Weights packed: see
 ``lk_backbones.prepack_weights``; the folded row is what ``lk_backbones.reparameterize`` gives::
 
-    python benchmarks/models.py
-    python benchmarks/models.py --output results/models    # results/models.json, .md, .png
-    python benchmarks/models.py --profile                   # also where RepLKNet-31B spends its time
+    python benchmarks/models.py                                     # every group
+    python benchmarks/models.py unireplknet_t unireplknet_s         # these
+    python benchmarks/models.py replknet_31n:resnet18,resnet34      # any encoder, beside any of timm's models
+    python benchmarks/models.py --output results/models             # results/models.json, .md, .png
+    python benchmarks/models.py replknet_31b --profile              # also where the encoder spends its time
 """
 
 from __future__ import annotations
@@ -18,21 +21,33 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from timing import describe_machine, interleave, peak_memory, save
 from torch import nn
 
 import lk_backbones
+from lk_backbones.encoders.unireplknet import UniRepLKNet
 from lk_backbones.layers import ConvNorm, DepthwiseConv2d, InputConvNorm, PointwiseConv2d, ReparamLargeKernelConv2d
 
-OURS = "replknet_31b"
-PACKED = "replknet_31b, weights packed"
-REFERENCE = "replknet_31b, reference formulation"
-OTHERS = ("convnext_base", "swin_base_patch4_window7_224", "resnet101")
+# Encoder -> backbones of its size.
+GROUPS = {
+    "replknet_31b": ("convnext_base", "swin_base_patch4_window7_224", "resnet101"),
+    "unireplknet_t": ("convnext_tiny",),
+    "unireplknet_s": ("convnext_small",),
+}
+
+
+class LinearOverChannels(nn.Conv2d):
+    """A 1×1 convolution as a linear layer between two permutations, as ConvNeXt's successors write it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """``model`` with PyTorch's own convolutions in the caller's memory format."""
-    plain = {DepthwiseConv2d: nn.Conv2d, PointwiseConv2d: nn.Conv2d, InputConvNorm: ConvNorm}
+    """``model`` with PyTorch's own layers in the caller's memory format."""
+    pointwise = LinearOverChannels if isinstance(model, UniRepLKNet) else nn.Conv2d
+    plain = {DepthwiseConv2d: nn.Conv2d, PointwiseConv2d: pointwise, InputConvNorm: ConvNorm}
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
     return model
@@ -40,10 +55,16 @@ def reference(model: nn.Module) -> nn.Module:
 
 def folded_as_the_reference(model: nn.Module) -> nn.Module:
     """``model`` in ``eval()`` mode, folded as far as the authors' code folds it."""
+    if isinstance(model, UniRepLKNet):  # all there is
+        return reference(lk_backbones.reparameterize(model))
     for module in model.modules():
         if isinstance(module, ReparamLargeKernelConv2d):
             module.reparameterize()
     return reference(model.eval())
+
+
+def packed(name: str) -> str:
+    return f"{name}, weights packed"
 
 
 def create(name: str) -> nn.Module:
@@ -70,32 +91,35 @@ def step(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def contestants(kind: str, batch: int, size: int) -> dict[str, Callable[[], object]]:
+def contestants(
+    ours: str, others: tuple[str, ...], kind: str, batch: int, size: int
+) -> dict[str, Callable[[], object]]:
     """Every model's run; the timm models in both memory formats, of which the faster counts."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size)
     make = inference if kind == "inference" else step
     runs: dict[str, Callable[[], object]] = {}
     if kind == "inference":
-        runs[OURS] = make(lk_backbones.reparameterize(create(OURS)), images)
-        runs[PACKED] = make(lk_backbones.prepack_weights(create(OURS)), images)
-        runs[REFERENCE] = make(folded_as_the_reference(create(OURS)), images)
+        runs[ours] = make(lk_backbones.reparameterize(create(ours)), images)
+        runs[packed(ours)] = make(lk_backbones.prepack_weights(create(ours)), images)
+        runs[f"{ours}, reference formulation"] = make(folded_as_the_reference(create(ours)), images)
     else:
-        runs[OURS] = make(create(OURS), images)
-        runs[REFERENCE] = make(reference(create(OURS)), images)
-    for name in OTHERS:
+        runs[ours] = make(create(ours), images)
+        runs[f"{ours}, reference formulation"] = make(reference(create(ours)), images)
+    for name in others:
         runs[name] = make(create(name).eval(), images)
         last = torch.channels_last
         runs[f"{name}, channels_last"] = make(create(name).eval().to(memory_format=last), images.to(memory_format=last))
     return runs
 
 
-def measure(kind: str, batch: int, size: int, seconds: float) -> dict[str, object]:
-    """Measure times, and PyTorch's peak memory beyond parameters, of all contestants."""
-    runs = contestants(kind, batch, size)
+def measure(ours: str, others: tuple[str, ...], kind: str, batch: int, size: int, seconds: float) -> dict[str, object]:
+    """Measure times, and PyTorch's peak memory beyond parameters, of all contestants of a group."""
+    runs = contestants(ours, others, kind, batch, size)
     matrix = torch.randn(1024, 1024)
     timings = interleave({"sgemm": lambda: matrix @ matrix, **runs}, seconds, patience=2500)
     return {
+        "ours": ours,
         "kind": kind,
         "batch": batch,
         "size": size,
@@ -123,9 +147,8 @@ def table(results: list[dict]) -> str:
         ]
         median, best = result["median_ms"], result["best_ms"]
         for name, memory in result["peak_memory_mb"].items():
-            lines.append(
-                f"| {name} | {median[name]:.0f} ({best[name]:.0f}) | {median[name] / median[OURS]:.2f} | {memory:.0f} |"
-            )
+            ratio = median[name] / median[result["ours"]]
+            lines.append(f"| {name} | {median[name]:.0f} ({best[name]:.0f}) | {ratio:.2f} | {memory:.0f} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -137,10 +160,12 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results), figsize=(6.5 * len(results), 3.2), squeeze=False)
-    for axes, result in zip(panels[0], results, strict=True):
-        names = list(result["peak_memory_mb"])
-        colors = ["#cc6677" if name in (OURS, PACKED) else "#4477aa" for name in names]
+    kinds = list(dict.fromkeys(result["kind"] for result in results))
+    rows = -(-len(results) // len(kinds))
+    figure, panels = plt.subplots(rows, len(kinds), figsize=(6.5 * len(kinds), 3.2 * rows), squeeze=False)
+    for axes, result in zip(panels.flat, results, strict=True):
+        names, ours = list(result["peak_memory_mb"]), result["ours"]
+        colors = ["#cc6677" if name in (ours, packed(ours)) else "#4477aa" for name in names]
         axes.barh(range(len(names)), [result["median_ms"][name] for name in names], color=colors)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
@@ -159,23 +184,41 @@ def profile(run: Callable[[], object]) -> str:
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=50)
 
 
+def group(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read an encoder's name and those of the backbones beside it, out of ``NAME`` or ``NAME:OTHER,OTHER``."""
+    ours, _, others = text.partition(":")
+    names = tuple(filter(None, others.split(","))) or GROUPS.get(ours, ())
+    if unknown := [name for name in (ours, *names) if not timm.is_model(name)]:
+        raise argparse.ArgumentTypeError(f"timm knows no model {', '.join(unknown)}; `lk-backbones models` lists ours")
+    return ours, names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", type=group, help="NAME or NAME:OTHER,OTHER; all by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=45.0, help="per kind of run")
-    parser.add_argument("--profile", action="store_true", help="also print where RepLKNet-31B spends its time")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the pictures")
+    parser.add_argument("--batch", type=int, default=2, help="pictures of a training step")
+    parser.add_argument("--seconds", type=float, default=45.0, help="per group and kind of run")
+    parser.add_argument("--profile", action="store_true", help="also print where the encoders spend their time")
     parser.add_argument("--output", type=Path, help="stem of the .json, .md and .png to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    results = [measure("inference", 1, 224, arguments.seconds), measure("training step", 2, 224, arguments.seconds)]
+    groups, size, batch = arguments.groups or list(GROUPS.items()), arguments.size, arguments.batch
+    results = [
+        measure(ours, others, kind, pictures, size, arguments.seconds)
+        for ours, others in groups
+        for kind, pictures in (("inference", 1), ("training step", batch))
+    ]
     text = table(results)
     if arguments.output:
         save(arguments.output, {"machine": describe_machine(), "results": results}, text, lambda p: plot(results, p))
     print(text)
     if arguments.profile:
-        print(profile(inference(lk_backbones.reparameterize(create(OURS)), torch.randn(1, 3, 224, 224))))
-        print(profile(step(create(OURS), torch.randn(2, 3, 224, 224))))
+        for ours, _ in groups:
+            print(profile(inference(lk_backbones.reparameterize(create(ours)), torch.randn(1, 3, size, size))))
+            print(profile(step(create(ours), torch.randn(batch, 3, size, size))))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ import lk_backbones.tasks
 from lk_backbones.cli import main
 from lk_backbones.cli.recipes import Recipe, list_recipes
 from lk_backbones.tasks.base import without_encoder_weights
+from tests.conftest import ALL_ENCODERS, count_parameters
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PUBLISHED = [path for path in RECIPES if path.parent.name in ("cityscapes", "ade20k", "coco")]
-# Samples of a whole training: crops for segmentation, epochs of 117266 pictures with objects for COCO.
-SAMPLES = {"cityscapes": 1_280_000, "ade20k": 5_120_000, "3x": 36 * 117_266, "2x": 24 * 117_266, "1x": 12 * 117_266}
+# Epochs of 117266 pictures with objects.
+SAMPLES_OF_COCO = {"3x": 36 * 117_266, "2x": 24 * 117_266, "1x": 12 * 117_266}
+# Crops of a whole training. The other families follow ConvNeXt's recipe for ADE20K, 160k steps of 16.
+CROPS = {"cityscapes": {"replknet": 1_280_000}, "ade20k": {"replknet": 5_120_000, "unireplknet": 2_560_000}}
 
 
 def name(path: Path) -> str:
@@ -31,18 +34,22 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def build(path: Path) -> Any:
+def family(config: dict[str, Any]) -> str:
+    return config["model"]["init_args"]["encoder"].partition("_")[0]
+
+
+def build(path: Path, **changes: Any) -> Any:
     """The recipe's task, without weights, on the meta device if it can be built there."""
     model = read(path)["model"]
     task = getattr(lk_backbones.tasks, model["class_path"])
     with without_encoder_weights(), torch.device("meta"):
-        return task(**model["init_args"])
+        return task(**(model["init_args"] | changes))
 
 
 def test_there_are_recipes() -> None:
     folders = {"quickstart", "own", "camvid", "cityscapes", "ade20k", "bccd", "coco"}
     assert {path.parent.name for path in RECIPES} == folders
-    assert len(PUBLISHED) == 11
+    assert len(PUBLISHED) == 21
 
 
 def test_the_list_has_every_recipe() -> None:
@@ -80,21 +87,22 @@ def test_published_recipes_see_the_published_number_of_samples(path: Path) -> No
     assert batch_size == expected["expected_batch_size"]
     if path.parent.name != "coco":  # whose length is given in epochs
         assert batch_size * trainer["max_steps"] == expected["expected_samples"]
-        assert expected["expected_samples"] == SAMPLES[path.parent.name]
+        assert expected["expected_samples"] == CROPS[path.parent.name][family(config)]
         return
-    assert trainer["max_epochs"] * 117_266 == expected["expected_samples"] == SAMPLES[path.stem.split("_")[-1]]
+    assert trainer["max_epochs"] * 117_266 == expected["expected_samples"] == SAMPLES_OF_COCO[path.stem.split("_")[-1]]
     milestones = config["model"]["init_args"]["milestones"]
     assert milestones == {36: [27, 33], 24: [16, 22], 12: [8, 11]}[trainer["max_epochs"]]
 
 
 @pytest.mark.parametrize("path", [p for p in PUBLISHED if p.parent.name != "coco"], ids=name)
 def test_published_recipes_and_defaults_have_the_published_scales(path: Path) -> None:
-    """Of the configurations in RepLKNet-pytorch: all of ADE20K, at crops of 640 too, and Cityscapes at crops of 769."""
+    """Of RepLKNet's configurations: all of ADE20K, at crops of 640 too, and Cityscapes at crops of 769."""
     config = read(path)["data"]
     module = getattr(lk_backbones.data, config["class_path"])
     published = {"ade20k": (2048, 512), "cityscapes": (2049, 1025)}[path.parent.name]
-    for data in (module(**config["init_args"]), module()):
-        assert tuple(data.base_size) == tuple(data.test_size) == published
+    wide = family(read(path)) == "unireplknet" and config["init_args"]["crop_size"] == 640  # their own choice
+    for data, size in ((module(**config["init_args"]), (2560, 640) if wide else published), (module(), published)):
+        assert tuple(data.base_size) == tuple(data.test_size) == size
         assert tuple(data.scale_range) == (0.5, 2.0)
         assert data.cat_max_ratio == 0.75
 
@@ -111,6 +119,58 @@ def test_published_recipes_have_the_published_size(path: Path) -> None:
     assert parameters == pytest.approx(published, rel=0.025)
     words = ("box AP", "val2017") if path.parent.name == "coco" else ("mIoU", "single-scale")
     assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "millions"),
+    [("ade20k/upernet_unireplknet_l_640", 425), ("coco/cascade_mask_rcnn_unireplknet_l_22k_3x", 443)],
+)
+def test_one_argument_makes_the_extra_large_one(recipe: str, millions: int) -> None:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    assert f"UniRepLKNet-XL ({millions} M parameters" in path.read_text()
+    assert f"{recipe} --model.encoder unireplknet_xl\n" in path.read_text()
+    task = build(path, encoder="unireplknet_xl")
+    assert sum(p.numel() for p in task.model.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
+
+
+# The smallest encoder of every family, so that a new one is tested by being registered.
+SMALLEST = {}
+for _name in sorted(ALL_ENCODERS, key=count_parameters, reverse=True):
+    SMALLEST[_name.partition("_")[0]] = _name
+FEW_STEPS = [
+    *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"),
+    *("--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.enable_progress_bar", "false", "--data.image_size", "[64, 96]", "--data.batch_size", "2"),
+    *("--data.train_images", "4", "--data.val_images", "1", "--data.num_workers", "0", "--model.warmup_steps", "1"),
+]
+UPERNET = [  # as in the recipes of ADE20K
+    *("--model.architecture", "upernet_openmmlab", "--model.architecture_kwargs", '{"decoder_channels": 16}'),
+    *("--model.auxiliary_weight", "0.4", "--model.layer_decay", "0.9", "--model.bias_weight_decay", "0"),
+    *("--model.encoder_kwargs", '{"drop_path_rate": 0.1, "norm_features": true}'),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("unet_replknet_31n_scenes", []),
+        ("unet_replknet_31n_scenes", UPERNET),
+        ("cascade_mask_rcnn_replknet_31n_scenes", ["--model.min_size", "64", "--model.max_size", "96"]),
+    ],
+    ids=["unet", "upernet", "cascade_mask_rcnn"],
+)
+@pytest.mark.parametrize("encoder", SMALLEST.values())
+def test_every_family_trains_by_the_recipes(encoder: str, recipe: str, flags: list[str], tmp_path: Path) -> None:
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    main(["fit", "--config", f"quickstart/{recipe}", "--model.encoder", encoder, *FEW_STEPS, *flags, *folder])
+    (path,) = tmp_path.rglob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["hyper_parameters"]["encoder"] == encoder
+    moments = [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+    assert all(torch.isfinite(moment).all() for moment in moments)
+    # no parameter was out of reach of the loss; with random boxes a head may see no example
+    assert sum(bool(moment.any()) for moment in moments) > 0.9 * len(moments)
 
 
 RESULT = r"mIoU \d\d\.\d single-scale, \d\d\.\d multi-scale|box AP \d\d\.\d(, mask AP \d\d\.\d)?"
@@ -143,13 +203,13 @@ def test_the_list_is_printed_with_numbers(capsys: pytest.CaptureFixture[str]) ->
     main(["recipes"])
     out = capsys.readouterr().out
     assert all(name(path) in out for path in RECIPES)
-    main(["recipes", "xl"])
+    main(["recipes", "replknet_xl"])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if "replknet" in line]
     assert [row[0] for row in rows] == ["ade20k/upernet_replknet_xl_640", "coco/cascade_mask_rcnn_replknet_xl_3x"]
     assert "mIoU 55.2 single-scale, 56.0 multi-scale" in out
     assert "box AP 55.5, mask AP 48.0" in out
-    main(["recipes", "coco*31l"])
+    main(["recipes", "coco*replknet_31l"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "replknet" in line] == [
         "coco/cascade_mask_rcnn_replknet_31l_22k_3x"
     ]

@@ -96,15 +96,30 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> T
 
 
 def gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor, path: str, output_mask: list[bool]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    path: str,
+    output_mask: list[bool],
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `convolve` in ``input`` and ``weight``, each ``None`` if not wanted."""
+    """Gradients of `convolve` in ``input`` and ``weight``, each ``None`` if not wanted.
+
+    A dilation other than 1 must be narrow, see `is_narrow`, and the path ``"direct"``.
+    """
     if path == "fft":
         return _fft.gradients(nchw(grad_output), nchw(input), weight, output_mask)
-    return (
-        _convolve_directly(grad_output, weight.flip(2, 3), None) if output_mask[0] else None,
-        _weight_grad(grad_output, input, (weight.shape[2], weight.shape[3])) if output_mask[1] else None,
-    )
+    grad_input = None
+    if output_mask[0]:
+        if dilation == (1, 1):
+            grad_input = _convolve_directly(grad_output, weight.flip(2, 3), None)
+        else:
+            padding = (dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2))
+            grad_input = F.conv2d(grad_output, weight.flip(2, 3), None, 1, padding, dilation, weight.shape[0])
+    grad_weight = None
+    if output_mask[1]:
+        grad_weight = _weight_grad(grad_output, input, (weight.shape[2], weight.shape[3]), dilation)
+    return grad_input, grad_weight
 
 
 def _convolve_directly(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,13 +132,16 @@ def _convolve_directly(input: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return F.conv2d(input, weight, bias, padding=padding, groups=input.shape[1])
 
 
-def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+def _weight_grad(
+    grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Weight gradient as a depthwise convolution of the input with the output's gradient as its kernel.
 
-    One image at a time: folding the batch into the channels costs more in transposes than it saves. oneDNN wants that
-    kernel in NCHW whatever the format of the input.
+    Taps ``dilation`` pixels apart make it a convolution of that stride. One image at a time: folding the batch into the
+    channels costs more in transposes than it saves. oneDNN wants that kernel in NCHW whatever the format of the input.
     """
-    (batch, channels, height, width), (pad_height, pad_width) = input.shape, (kernel_size[0] // 2, kernel_size[1] // 2)
+    batch, channels, height, width = input.shape
+    pad_height, pad_width = dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)
     rows = max(1, MAX_TAPS // width)
     padding = (0, pad_width) if rows < height else (pad_height, pad_width)
     if rows < height:
@@ -132,11 +150,12 @@ def _weight_grad(grad_output: Tensor, input: Tensor, kernel_size: tuple[int, int
         input = input.contiguous(memory_format=torch.channels_last)
     kernels = nchw(grad_output)
     if batch == 1 and rows >= height:  # the rest for one part; indexing costs as much as a small convolution
-        return F.conv2d(input, kernels.transpose(0, 1), None, (1, 1), padding, (1, 1), channels).transpose(0, 1)
+        return F.conv2d(input, kernels.transpose(0, 1), None, dilation, padding, (1, 1), channels).transpose(0, 1)
     parts = (
         F.conv2d(
             image[:, :, top : top + rows + 2 * pad_height],
             kernel[:, :, top : top + rows],
+            stride=dilation,
             padding=padding,
             groups=channels,
         )
@@ -164,6 +183,11 @@ def _is_worth_widening(kernel_width: int, map_width: int, batch: int) -> bool:
     """
     enough = {11: 14, 13: 8}.get(kernel_width)
     return enough is not None and batch * map_width >= enough and _instructions() == "AVX512"
+
+
+def is_narrow(kernel_width: int, dilation: tuple[int, int]) -> bool:
+    """Return whether oneDNN is fast at a dilated kernel as it stands, in either memory format."""
+    return dilation != (1, 1) and dilation[1] * (kernel_width // 2) <= widest_padding()
 
 
 def widest_padding() -> int:

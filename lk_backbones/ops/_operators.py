@@ -107,7 +107,7 @@ def _cached_plan(
     if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
-    narrow = dilation != (1, 1) and dilation[1] * (whole_kernel[1] // 2) <= _cpu.widest_padding()
+    narrow = _cpu.is_narrow(whole_kernel[1], dilation)
     return Plan("native" if narrow else "direct", chosen.backward, chosen.reason)
 
 
@@ -159,6 +159,10 @@ def _gradients(
     with _without_autocast(device):
         if path == "native":
             grad_input, grad_weight = _native_backward(grad_output, input, weight, dilation, output_mask)
+        elif path == "direct" and device == "cpu" and _cpu.is_narrow(weight.shape[3], dilation):
+            maps, kernel = _at_least_float32(input, weight)
+            grad_maps = grad_output.to(maps.dtype)
+            grad_input, grad_weight = _cpu.gradients(grad_maps, maps, kernel, path, output_mask, dilation)
         else:
             maps, kernel = _prepare(input, weight, dilation)
             grad_maps = split_phases(grad_output.to(maps.dtype), dilation)
@@ -217,10 +221,15 @@ def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
 
 def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
-    if input.dtype in (torch.float16, torch.bfloat16):
-        input, weight = input.float(), weight.float()
+    input, weight = _at_least_float32(input, weight)
     maps = split_phases(input, dilation)
     return maps, crop(weight, _map_size(maps))
+
+
+def _at_least_float32(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if input.dtype in (torch.float16, torch.bfloat16):
+        return input.float(), weight.float()
+    return input, weight
 
 
 def _native_backward(

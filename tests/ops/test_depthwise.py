@@ -105,6 +105,17 @@ def test_published_shapes(shape, kernel):
         assert max(map(relative_error, results, exact_results)) <= TOLERANCE, (threads, memory_format, method)
 
 
+@pytest.mark.parametrize(("size", "step"), [(7, 2), (3, 5), (9, 2)])
+@pytest.mark.parametrize("shape", [(2, 16, 14, 14), (1, 16, 7, 7), (2, 3, 80, 70)])  # the last in bands
+def test_dilated_branches_of_unireplknet(shape, size, step):
+    torch.manual_seed(0)
+    input, weight, bias = torch.randn(shape), torch.randn(shape[1], 1, size, size), torch.randn(shape[1])
+    for memory_format, dtype in itertools.product(FORMATS, (torch.float32, torch.bfloat16)):
+        operands = [tensor.to(dtype) for tensor in (input.to(memory_format=memory_format), weight, bias)]
+        tolerance = TOLERANCE if dtype == torch.float32 else 2**-8
+        assert max(errors(*operands, (step, step), "auto")) <= tolerance, (memory_format, dtype)
+
+
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("method", ["direct", "fft", "native"])
 def test_gradients_of_any_order(method, dilation):
