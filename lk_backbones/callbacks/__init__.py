@@ -4,6 +4,7 @@ from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoin
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
+from lk_backbones.callbacks.receptive_field import ReceptiveField
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 
@@ -13,6 +14,7 @@ __all__ = [
     "CocoResults",
     "MetricsTable",
     "Overlays",
+    "ReceptiveField",
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import hub, models, recipes, training
+from lk_backbones.cli import analysis, hub, models, recipes, training
 
 __all__ = ["main"]
 
@@ -28,6 +28,8 @@ Large-kernel ConvNets for segmentation and detection.
   recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
   models    list the encoders: name, parameters, kernel sizes, weights
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
+  erf       what a model sees: lk-backbones erf replknet_31t resnet50 --pictures FOLDER
+  shape-bias  what a classifier goes by: lk-backbones shape-bias MODEL --pictures FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
@@ -67,6 +69,10 @@ def _run(args: list[str]) -> None:
         models.run(args[1:])
     elif args[0] == "hub":
         hub.run(args[1:])
+    elif args[0] == "erf":
+        analysis.erf(args[1:])
+    elif args[0] == "shape-bias":
+        analysis.shape_bias(args[1:])
     elif args[0] == "convert":
         hub.convert(args[1:])
     else:
