@@ -53,7 +53,7 @@ class EffectiveReceptiveField:
     @property
     def matrix(self) -> np.ndarray:
         """float64 ``(H, W)`` in [0, 1]: ``log10(1 + contribution)`` over its maximum; all 0 if nothing contributes."""
-        logarithm = np.log10(self.contribution + 1)
+        logarithm = np.log1p(self.contribution) / np.log(10)
         highest = logarithm.max()
         return logarithm / highest if highest > 0 else logarithm
 
@@ -172,15 +172,7 @@ def _gradient(
 ) -> tuple[np.ndarray, str, tuple[int, int]]:
     """Measure on one image ``(1, C, H, W)``: float64 ``(H, W)``, the map's name, and its size."""
     x = normalized_input(model, image).detach().requires_grad_()
-    try:
-        found, name = find_map(model, x, level)
-    except (RuntimeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        size = " × ".join(map(str, image.shape[2:]))
-        raise ValueError(
-            f"{type(model).__name__} cannot be run on images of {image.shape[1]} channels and {size} pixels: {error}"
-        ) from error
+    found, name = find_map(model, x, level)
     height, width = found.shape[2:]
     centre = found[:, :, height // 2, width // 2]
     target = (centre.relu() if relu else centre).sum()
@@ -201,7 +193,8 @@ def _one_by_one(images: torch.Tensor | Iterable[torch.Tensor]) -> Iterator[torch
         if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
             got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(f"images must be float tensors (C, H, W) or (N, C, H, W), got {got}")
-        yield from (image if image.ndim == 4 else image[None]).split(1)
+        for one in image if image.ndim == 4 else image[None]:
+            yield one[None]
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -49,7 +49,7 @@ def is_detector(model: nn.Module) -> bool:
 
 
 def normalized_input(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """Return what the first layer of a model is given: a task normalises images by itself, others take them as they are.
+    """Return what the first layer of a model is given: a task normalises images by itself, others do not.
 
     Args:
         model: The model.
@@ -81,8 +81,20 @@ def find_map(model: nn.Module, x: torch.Tensor, level: Level) -> tuple[torch.Ten
 
     Raises:
         ValueError: If there is no such level or module, or what it gives is no spatial map; the message lists those
-            there are.
+            there are. Also if the model cannot be run on such images.
     """
+    try:
+        return _find_map(model, x, level)
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        size = " × ".join(map(str, x.shape[2:]))
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on images of {x.shape[1]} channels and {size} pixels: {error}"
+        ) from error
+
+
+def _find_map(model: nn.Module, x: torch.Tensor, level: Level) -> tuple[torch.Tensor, str]:
     if isinstance(level, bool) or not isinstance(level, int | str):
         raise ValueError(f"level must be a number, the path of a module or 'output', got {level!r}")
     if isinstance(level, int):
@@ -117,7 +129,7 @@ def _feature_level(model: nn.Module, x: torch.Tensor, level: int) -> tuple[torch
             f"{_describe_levels(model, maps if count is None else _feature_maps(trunk, x), x)}"
         )
     number = level % count if count is not None else index
-    return found_map, f"level {number}" + (f", {names[index]}" if not names[index].isdigit() else "")
+    return found_map, f"level {number}" + (f", {names[index]}" if names[index] != str(number) else "")
 
 
 def _number_of_levels(trunk: nn.Module) -> int | None:
@@ -156,6 +168,8 @@ def _last_maps(module: nn.Module, x: torch.Tensor) -> Iterator[dict[str, torch.T
     def record(part: nn.Module, _: Any, output: Any) -> None:
         if not _is_map(output) or not output.requires_grad or max(output.shape[2:]) == 1 or output.shape[1] == 0:
             return
+        if part is module and any(output is tensor for _, tensor in last.values()):
+            return  # the part that computed it tells more
         (height, width), (rows, columns) = x.shape[2:], output.shape[2:]
         if abs(rows * width - columns * height) > max(height, width):
             return  # channels last, or no picture any more
@@ -190,8 +204,8 @@ def _module_map(model: nn.Module, x: torch.Tensor, path: str) -> tuple[torch.Ten
         children = ", ".join(repr(name) for name, _ in model.named_children())
         close = nearest(path, (name for name in modules if name))
         raise ValueError(
-            f"level {path!r}: {type(model).__name__} has no module of this path{close}. It consists of {children}; a "
-            f"number stands for a feature level, 'output' for what the model returns"
+            f"level {path!r}: {type(model).__name__} has no module of this path, it consists of {children}. A number "
+            f"stands for a feature level, 'output' for what the model returns{close}"
         )
     module, trunk = modules[path], trunk_of(model)
     inside = any(part is module for part in trunk.modules())

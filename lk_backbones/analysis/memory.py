@@ -32,7 +32,19 @@ def needed_memory(
         level: As in `effective_receptive_field`.
         gradient_checkpointing: As in `effective_receptive_field`.
     """
-    small = tuple(min(side, _PROBE) for side in size)
+    small = (min(size[0], _PROBE), min(size[1], _PROBE))
+    try:
+        kept = _kept(model, small, channels, level, gradient_checkpointing)
+    except ValueError:
+        if small == size:
+            raise
+        small = size  # some models take images of one size only
+        kept = _kept(model, small, channels, level, gradient_checkpointing)
+    return round(kept * (size[0] * size[1]) / (small[0] * small[1]) * _MARGIN)
+
+
+def _kept(model: nn.Module, size: tuple[int, int], channels: int, level: Level, gradient_checkpointing: bool) -> int:
+    """Count the bytes that autograd keeps of an image, beside the model."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -44,13 +56,12 @@ def needed_memory(
 
     device, dtype = placement(model)
     with observed(model, gradient_checkpointing):
-        image = torch.zeros(1, channels, *small, device=device, dtype=dtype)
+        image = torch.zeros(1, channels, *size, device=device, dtype=dtype)
         x = normalized_input(model, image).detach().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            found = find_map(model, x, level)[0]
+            found = find_map(model, x, level)[0]  # keeps alive what was counted, so that no address occurs twice
         del found
-    factor = (size[0] * size[1]) / (small[0] * small[1])
-    return round(sum(kept.values()) * factor * _MARGIN)
+    return sum(kept.values())
 
 
 def available_memory(device: torch.device) -> int | None:

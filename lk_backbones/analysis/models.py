@@ -28,9 +28,9 @@ __all__ = ["MODELS", "NamedModel", "load_named_model"]
 
 #: How models are called, for the help of commands.
 MODELS = (
-    "a timm model (replknet_31b; replknet_31b.in1k with its weights), a torchvision model (fcn_resnet50), an smp encoder "
-    "(mit_b0) or network (smp:unet/resnet34), a checkpoint, a folder or hf-hub:owner/name; keyword arguments follow "
-    "behind commas (replknet_31t,kernel_sizes=3)"
+    "a timm model (replknet_31b; replknet_31b.in1k with its weights), a torchvision model (fcn_resnet50), an smp "
+    "encoder (mit_b0) or network (smp:unet/resnet34), a checkpoint, a folder or hf-hub:owner/name; keyword arguments "
+    "follow after commas (replknet_31t,kernel_sizes=3)"
 )
 
 _LIBRARIES = ("timm", "torchvision", "smp")

@@ -8,6 +8,7 @@ import gc
 import io
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,8 @@ def _run_erf(arguments: argparse.Namespace) -> None:
     caption = f"{series.description}, {size[0]} x {size[1]}" + (", magnitudes (no ReLU)" if arguments.no_relu else "")
     panels = [(named.name, field.matrix, [_weights(named), *ratio_lines(field.ratios)]) for named, field in measured]
     save_png(
-        draw_heat_maps(panels, caption, "contribution to the centre, log scale, over its maximum"), folder / "erf.png"
+        draw_heat_maps(panels, caption, "contribution to the centre: log10(1 + x), over its maximum"),
+        folder / "erf.png",
     )
     for path, (_, field) in zip(matrices, measured, strict=True):
         with write_atomically(path) as file:
@@ -199,8 +201,8 @@ def shape_bias(args: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--classes",
-        help="names of the models' classes in order, behind commas or one a line in a file; by default ImageNet's 1000, "
-        "mapped to 16",
+        help="names of the models' classes in order, separated by commas, or one a line in a file; by default "
+        "ImageNet's 1000, mapped to 16",
     )
     parser.add_argument("--batch-size", type=_positive, default=32)
     _add_common(parser, "shape_bias")
@@ -227,7 +229,7 @@ def _run_shape_bias(arguments: argparse.Namespace) -> None:
                 stimuli,
                 classes,
                 batch_size=arguments.batch_size,
-                progress=lambda batches, name=name: _tracked(batches, name),
+                progress=partial(_tracked, name=name),
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -49,7 +49,7 @@ def draw_heat_maps(
     Args:
         panels: Title, matrix ``(H, W)`` in [0, 1], and lines of text below it.
         caption: A line at the bottom.
-        scale_title: What the colours stand for, beside the bar.
+        scale_title: What the colours stand for, below the bar.
         side: Longer side of each heat map in pixels.
         columns: Heat maps per row.
 
@@ -66,7 +66,8 @@ def draw_heat_maps(
     rows = -(-len(panels) // columns)
     total_width = MARGIN + columns * (width + MARGIN)
     bar_top = MARGIN + rows * cell
-    total_height = bar_top + _BAR + _NOTE_LINE + (LINE if caption else 0) + MARGIN
+    under = [text for text in (scale_title, caption) if text]
+    total_height = bar_top + _BAR + _NOTE_LINE + 4 + len(under) * _NOTE_LINE + MARGIN
     figure = Image.new("RGB", (total_width, total_height), BACKGROUND)
     draw = ImageDraw.Draw(figure)
     for i, (title, matrix, lines) in enumerate(panels):
@@ -79,20 +80,20 @@ def draw_heat_maps(
         for j, line in enumerate(lines):
             y = top + LINE + picture.height + 6 + j * _NOTE_LINE
             draw.text((left, y), shorten_to_width(line, width, _NOTE_SIZE), fill=_GREY, font=note_font)
-    _draw_bar(figure, draw, bar_top, scale_title)
-    if caption:
-        text = shorten_to_width(caption, total_width - 2 * MARGIN, _NOTE_SIZE)
-        draw.text((MARGIN, total_height - MARGIN - _NOTE_LINE), text, fill=_GREY, font=note_font)
+    _draw_bar(figure, draw, bar_top)
+    for j, text in enumerate(under):
+        place = (MARGIN, bar_top + _BAR + _NOTE_LINE + 4 + j * _NOTE_LINE)
+        draw.text(place, shorten_to_width(text, total_width - 2 * MARGIN, _NOTE_SIZE), fill=_GREY, font=note_font)
     return figure
 
 
 def ratio_lines(ratios: Mapping[float, float]) -> list[str]:
     """Write area ratios as lines below a heat map: two shares of the whole in each, with their areas in percent."""
-    texts = [f"{100 * share:g} %: {100 * area:.1f} %" for share, area in ratios.items()]
-    return [",   ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
+    texts = [f"{100 * share:g} % in {100 * area:.1f} %" for share, area in ratios.items()]
+    return [",  ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
 
 
-def _draw_bar(figure: Image.Image, draw: ImageDraw.ImageDraw, top: int, title: str) -> None:
+def _draw_bar(figure: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> None:
     font = ImageFont.load_default(_NOTE_SIZE)
     width = min(figure.width - 2 * MARGIN, 280)
     figure.paste(heat_map(np.linspace(0, 1, width)[None].repeat(_BAR, 0)), (MARGIN, top))
@@ -102,11 +103,6 @@ def _draw_bar(figure: Image.Image, draw: ImageDraw.ImageDraw, top: int, title: s
         length = font.getlength(text)
         place = min(max(x - length / 2, MARGIN), MARGIN + width - length)
         draw.text((place, top + _BAR + 3), text, fill=INK, font=font)
-    left = MARGIN + width + MARGIN
-    if left < figure.width - MARGIN:
-        draw.text(
-            (left, top - 2), shorten_to_width(title, figure.width - MARGIN - left, _NOTE_SIZE), fill=_GREY, font=font
-        )
 
 
 def _fitted(matrix: np.ndarray, side: int) -> tuple[int, int]:
