@@ -25,7 +25,7 @@ from torch import nn
 from lk_backbones.analysis.levels import normalizes, trunk_of
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files, read_image
-from lk_backbones.drawing.palette import class_palette
+from lk_backbones.drawing.palette import plot_palette
 from lk_backbones.drawing.shares import ShareSeries, draw_shares
 from lk_backbones.weights.errors import nearest, shorten
 
@@ -305,7 +305,7 @@ def draw_shape_bias(results: Sequence[tuple[str, ShapeBias]], caption: str = "")
     classes = sorted({name for _, bias in results for name in bias.classes})
     nothing = (float("nan"), float("nan"), float("nan"))
     series = []
-    for (name, bias), color in zip(results, class_palette(len(results)), strict=True):
+    for (name, bias), color in zip(results, plot_palette(len(results)), strict=True):
         intervals = bias.class_intervals()
         rows = [intervals.get(one, nothing) for one in classes]
         series.append(ShareSeries(name, color, bias.interval(), rows))

@@ -67,6 +67,7 @@ class ReceptiveField(WritingCallback):
         self._folder = Path()
         self._series: Any = None
         self._measured: dict[int, EffectiveReceptiveField] = {}
+        self._last_step: int | None = None
 
     def written(self) -> list[tuple[str, Path]]:
         """See `WritingCallback.written`; the folder, if there is a picture in it."""
@@ -79,7 +80,7 @@ class ReceptiveField(WritingCallback):
             FileNotFoundError: If there is no such folder, or no picture in it.
             ValueError: If scenes cannot be drawn so small.
         """
-        self._measured = {}
+        self._measured, self._last_step = {}, None
         if not self.every or stage != "fit":
             return
         self._folder = Path(self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "erf")
@@ -110,16 +111,16 @@ class ReceptiveField(WritingCallback):
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if not self.every or not trainer.is_global_zero or step in self._measured:
+        if not self.every or not trainer.is_global_zero or step == self._last_step:
             return
+        self._last_step = step
         channels = int(module.hparams.get("in_channels", 3))
-        # one that trains on as it is: a measurement that fails is no reason to lose the training
         try:
             images = self._series.make(channels)
             field = effective_receptive_field(module, images, self.level, self.relu, num_images=self.num_images)
         except ValueError as error:
-            if step == 0 or not self._measured:
-                raise
+            if not self._measured:
+                raise  # before the first step; later it is no reason to lose a training
             warnings.warn(f"the receptive field at step {step} could not be measured: {error}", stacklevel=2)
             return
         self._measured[step] = field

@@ -89,13 +89,13 @@ def draw_shares(
         offset = (j - (len(series) - 1) / 2) * spread
         if _known(one.total):
             x = place(one.total[0])
-            pen.line((x, top, x, bottom), one.color, 1.2)
+            pen.line((x, top, x, bottom), one.color, 2)
         for i, interval in enumerate([*one.rows, one.total]):
             if not _known(interval):
                 continue
             y = top + _ROW * (i + 0.5) + (4 if i == len(rows) else 0) + offset
             share, low, high = interval
-            pen.line((place(low), y, place(high), y), one.color, 1.6)
+            pen.line((place(low), y, place(high), y), one.color, 2)
             pen.marker((place(share), y), one.color, 4.2 if len(series) < 4 else 3.4)
         y = legend + _ROW * 0.85 * j
         pen.marker((_MARGIN + 6, y + 8), one.color, 4.5)
@@ -139,4 +139,4 @@ class _Pen:
         self.draw.text((_FINE * place[0] - shift, _FINE * place[1]), text, fill=color, font=self.font)
 
     def finished(self) -> Image.Image:
-        return self.sheet.resize(self.size, Image.Resampling.LANCZOS)
+        return self.sheet.reduce(_FINE)

@@ -263,7 +263,7 @@ def test_outputs_of_several_maps_are_chosen_by_name() -> None:
     image = torch.rand(1, 1, 9, 9)
     assert effective_receptive_field(Two(), image, "output.out").contribution.sum() == 9
     assert effective_receptive_field(Two(), image, "output.aux.0").contribution.sum() == 25
-    with pytest.raises(ValueError, match="'output.out', 'output.aux.0'"):
+    with pytest.raises(ValueError, match=r"'output\.out', 'output\.aux\.0'"):
         effective_receptive_field(Two(), image, "output")
 
 
