@@ -28,8 +28,8 @@ Large-kernel ConvNets for segmentation and detection.
   recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
   models    list the encoders: name, parameters, kernel sizes, weights
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
-  erf       what a model sees: lk-backbones erf replknet_31t resnet50 --pictures FOLDER
-  shape-bias  what a classifier goes by: lk-backbones shape-bias MODEL --pictures FOLDER
+  erf       what a model sees, its effective receptive field: lk-backbones erf MODEL MODEL --pictures FOLDER
+  shape-bias  what a classifier goes by, shape or texture: lk-backbones shape-bias MODEL --pictures FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path

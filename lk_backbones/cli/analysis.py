@@ -55,7 +55,9 @@ def erf(args: Sequence[str]) -> None:
     source.add_argument("--scenes", action="store_true", help="measure on drawn street scenes (the default)")
     source.add_argument("--noise", action="store_true", help="measure on noise")
     parser.add_argument("--num", type=_positive, default=50, help="number of pictures (default: 50, as published)")
-    parser.add_argument("--size", type=_positive, nargs="+", default=[1024], help="pixels, or height and width (1024)")
+    parser.add_argument(
+        "--size", type=_size, default=(1024, 1024), metavar="PIXELS", help="1024, or 512x1024 (high, wide)"
+    )
     parser.add_argument(
         "--level",
         default="-1",
@@ -66,10 +68,7 @@ def erf(args: Sequence[str]) -> None:
         "--gradient-checkpointing", action="store_true", help="less memory, a third slower (timm models)"
     )
     _add_common(parser, "erf")
-    arguments = parser.parse_args(args)
-    if len(arguments.size) > 2:
-        parser.error("--size takes one or two numbers")
-    _run_erf(arguments)
+    _run_erf(parser.parse_args(args))
 
 
 def _run_erf(arguments: argparse.Namespace) -> None:
@@ -82,7 +81,7 @@ def _run_erf(arguments: argparse.Namespace) -> None:
     folder, names = Path(arguments.to), _file_names(arguments.models)
     matrices = [folder / f"{name}.npy" for name in names]
     _require_new([folder / "erf.png", folder / "erf.json", *matrices], arguments.overwrite)
-    size = (arguments.size[0], arguments.size[-1])
+    size = arguments.size
     series = _pictures(arguments, size)
     level = int(arguments.level) if arguments.level.lstrip("-").isdigit() else arguments.level
     measured: list[tuple[NamedModel, EffectiveReceptiveField]] = []
@@ -305,6 +304,11 @@ def _positive(text: str) -> int:
     return number
 
 
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().replace("×", "x").partition("x")
+    return _positive(height), _positive(width or height)
+
+
 def _device(name: str | None) -> Any:
     import torch
 
@@ -320,8 +324,8 @@ def _file_names(models: Sequence[str]) -> list[str]:
     """Return a file name for each model, without suffix; two of one name are no comparison."""
     if len(set(models)) != len(models):
         raise ValueError(f"a model is named twice: {', '.join(models)}")
-    # a checkpoint's and a Hub repository's names are paths
-    keys = [model.rstrip("/\\").replace(":", "_") + ("" if Path(model).suffix else ".") for model in models]
+    # of a checkpoint its name without suffix; the dots in other names are no suffixes
+    keys = [model if Path(model).is_file() else model.rstrip("/\\").replace(":", "_") + ".npy" for model in models]
     names = OutputNames(keys, alone=True)
     return [names[key] for key in keys]
 
