@@ -139,7 +139,7 @@ def effective_receptive_field(
 
     Raises:
         ValueError: If there is no image or no such level, sizes differ, the map has no spatial extent or does not
-            depend on the image, or every gradient is NaN or infinite.
+            depend on the image, every gradient is NaN or infinite, or the model has no weights (meta device).
     """
     if num_images is not None and num_images < 1:
         raise ValueError(f"num_images={num_images} must be positive")
@@ -147,6 +147,8 @@ def effective_receptive_field(
     count = skipped = 0
     name, map_size = "", (0, 0)
     device, dtype = placement(model)
+    if device.type == "meta":
+        raise ValueError(f"{type(model).__name__} is on the meta device: it has no weights to measure with")
     with observed(model, gradient_checkpointing):
         for image in _one_by_one(images):
             x = image.detach().to(device=device, dtype=dtype, copy=True)

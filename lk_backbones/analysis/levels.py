@@ -33,6 +33,8 @@ def trunk_of(model: nn.Module) -> nn.Module:
         model: Any module. A task of ours and an smp model have an ``encoder``, torchvision's detectors and segmentation
             networks a ``backbone``.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return trunk_of(model.module)
     encoder, backbone = getattr(model, "encoder", None), getattr(model, "backbone", None)
     # transformers' models have an "encoder" too, which takes tokens
     if isinstance(encoder, nn.Module) and (hasattr(encoder, "out_channels") or _has_intermediates(encoder)):

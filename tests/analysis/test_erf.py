@@ -16,6 +16,7 @@ import torchvision
 from safetensors import safe_open
 from torch import nn
 
+import lk_backbones
 from lk_backbones.analysis import area_ratios, effective_receptive_field
 from lk_backbones.analysis import memory as memory_module
 from lk_backbones.analysis.memory import needed_memory, require_memory
@@ -275,6 +276,19 @@ def test_activations_in_place_do_not_change_a_layer_before_them() -> None:
     assert of_conv.contribution[2, 2] == 1  # what comes after would be 0
 
 
+def test_folded_packed_compiled_and_wrapped_models_have_the_same_field() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("replknet_31n", kernel_sizes=5).eval()
+    image = torch.rand(1, 3, 64, 64)
+    expected = effective_receptive_field(model, image).contribution
+    folded = lk_backbones.reparameterize(copy.deepcopy(model))
+    packed = lk_backbones.prepack_weights(copy.deepcopy(folded))
+    for other in (folded, packed, torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        field = effective_receptive_field(other, image)
+        assert field.level == "level 4"
+        np.testing.assert_allclose(field.contribution, expected, rtol=0, atol=1e-5 * expected.max())
+
+
 def test_half_precision_and_copies() -> None:
     model = timm.create_model("replknet_31n", kernel_sizes=3).eval()
     image = torch.rand(1, 3, 64, 64)
@@ -353,6 +367,8 @@ def test_what_is_no_image(images: Any, words: str) -> None:
 
 
 def test_options_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="on the meta device"):
+        effective_receptive_field(timm.create_model("resnet10t", device="meta"), torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="num_images=0"):
         effective_receptive_field(ones(3, 1, 3), torch.zeros(1, 3, 8, 8), num_images=0)
     with pytest.raises(ValueError, match="no blocks to repeat"):
@@ -366,7 +382,7 @@ def test_memory_is_told_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     model = timm.create_model("replknet_31n")
     needed = needed_memory(model, (512, 512))
     assert needed == pytest.approx(4 * needed_memory(model, (256, 256)), rel=1e-6)
-    assert needed_memory(model, (512, 512), gradient_checkpointing=True) < 0.6 * needed
+    assert needed_memory(model, (512, 512), gradient_checkpointing=True) < 0.8 * needed
     monkeypatch.setattr(memory_module, "available_memory", lambda device: needed // 4 - 1)
     with pytest.raises(
         ValueError, match=r"512 × 512 need about .* GiB for RepLKNet.* 224 × 224 would fit, and gradient c"
