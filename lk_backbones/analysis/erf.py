@@ -132,7 +132,7 @@ def effective_receptive_field(
         relu: ``False`` cuts nothing off: the gradient of the plain sum, by its magnitude.
         num_images: Images to average over, for a longer series; ``None`` for all.
         gradient_checkpointing: Compute the blocks of a timm model (or of an encoder that is one) twice instead of
-            keeping what is inside them: about a third slower, in much less memory.
+            keeping what is inside them: slower by a third to a half, in much less memory.
 
     Returns:
         The receptive field.

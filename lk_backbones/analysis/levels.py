@@ -147,17 +147,25 @@ def _number_of_levels(trunk: nn.Module) -> int | None:
 def _feature_maps(trunk: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return all feature levels of an encoder, backbone or other module, by name.
 
-    They are those that it offers (timm's ``forward_intermediates``, a list or dictionary that it returns); of other
-    modules the last map of each size, in the order that they are computed.
+    They are those that it offers (timm's ``forward_intermediates``, a list or dictionary that it returns, without the
+    image itself); of other modules the last map of each size, in the order that they are computed.
     """
     if _has_intermediates(trunk):
         module: Any = trunk
         return {str(i): m for i, m in enumerate(module.forward_intermediates(x, intermediates_only=True))}
     with _last_maps(trunk, x) as recorded:
         output = trunk(x)
-    if isinstance(output, Mapping | list | tuple) and (found := dict(_tensors_in(output))):
-        return found
-    return recorded
+    if not isinstance(output, Mapping | list | tuple):
+        return recorded
+    found = {name: tensor for name, tensor in _tensors_in(output) if _is_level(tensor, x)}
+    if isinstance(output, list | tuple):  # numbered as timm does, where an smp encoder's first maps are not counted
+        found = {str(i): tensor for i, tensor in enumerate(found.values())}
+    return found or recorded
+
+
+def _is_level(tensor: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether a tensor is a map, neither the image itself nor, as smp has it, one without channels."""
+    return _is_map(tensor) and tensor is not x and tensor.shape[1] > 0
 
 
 @contextmanager

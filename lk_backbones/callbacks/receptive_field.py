@@ -144,4 +144,4 @@ class ReceptiveField(WritingCallback):
         panels = [(f"step {step}", field.matrix, ratio_lines(field.ratios)) for step, field in fields.items()]
         last = next(reversed(fields.values()))
         caption = f"{last.level}, {self._series.description} of {self.size} x {self.size}"
-        return draw_heat_maps(panels, caption, "contribution to the centre: log10(1 + x), over its maximum")
+        return draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum")

@@ -65,7 +65,7 @@ def erf(args: Sequence[str]) -> None:
     )
     parser.add_argument("--no-relu", action="store_true", help="magnitudes instead of positive gradients only")
     parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, a third slower (timm models)"
+        "--gradient-checkpointing", action="store_true", help="less memory, slower by a third to a half (timm models)"
     )
     _add_common(parser, "erf")
     _run_erf(parser.parse_args(args))
@@ -104,7 +104,7 @@ def _run_erf(arguments: argparse.Namespace) -> None:
     caption = f"{series.description}, {size[0]} x {size[1]}" + (", magnitudes (no ReLU)" if arguments.no_relu else "")
     panels = [(named.name, field.matrix, [_weights(named), *ratio_lines(field.ratios)]) for named, field in measured]
     save_png(
-        draw_heat_maps(panels, caption, "contribution to the centre: log10(1 + x), over its maximum"),
+        draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum"),
         folder / "erf.png",
     )
     for path, (_, field) in zip(matrices, measured, strict=True):

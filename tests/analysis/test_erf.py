@@ -233,6 +233,17 @@ def test_every_level_says_how_large_it_is() -> None:
     assert effective_receptive_field(model, image[None], "stages.1.blocks.0").map_size == (8, 12)
 
 
+@pytest.mark.parametrize("name", ["replknet_31n", "tu-convnext_atto"])
+def test_levels_of_smp_are_numbered_as_those_of_timm(name: str) -> None:
+    """The image and the empty map in front of a patch stem, which smp's encoders return too, are none."""
+    encoder = smp.encoders.get_encoder(name, weights=None)
+    alone = timm.create_model(name.removeprefix("tu-"))
+    for level in range(len(alone.feature_info)):
+        fields = [effective_receptive_field(model, torch.rand(1, 3, 64, 64), level) for model in (encoder, alone)]
+        assert fields[0].map_size == fields[1].map_size
+        assert {field.level for field in fields} == {f"level {level}"}
+
+
 def test_a_task_is_measured_on_normalised_images() -> None:
     """As its encoder alone is, whatever else the task does; its logits through all of it."""
     task = segmentation_task(mean=[0.2, 0.4, 0.6], std=[0.1, 0.2, 0.3]).eval()
@@ -328,7 +339,12 @@ ERRORS: dict[str, tuple[Any, Any, Any, str]] = {
         "of a detector, SSD, only the enco",
     ),
     "a detector's head": (detector("ssdlite320_mobilenet_v3_large"), "head", 64, "'head' is outside of the encoder"),
-    "an empty level": (smp.encoders.get_encoder("mit_b0", weights=None), 1, 64, r"\(1, 0, 32, 32\), no spatial map"),
+    "smp's image": (
+        smp.encoders.get_encoder("mit_b0", weights=None),
+        4,
+        64,
+        r"has the levels 0 \(16 × 16\), .*3 \(2 × 2",
+    ),
 }
 
 
