@@ -62,7 +62,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_recipes_tables_and_the_licence_but_no_tests(installed: Path) -> None:
     package = installed / "lk_backbones"
     assert {path.relative_to(package / "recipes").as_posix() for path in package.rglob("recipes/*/*.yaml")} == RECIPES
-    for path in ("py.typed", "weights/catalogue.json", "data/tables/ade20k.json"):
+    for path in (
+        "py.typed",
+        "weights/catalogue.json",
+        "data/tables/ade20k.json",
+        "data/tables/imagenet_16_classes.json",
+    ):
         assert (package / path).read_bytes() == (ROOT / "lk_backbones" / path).read_bytes()
     assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"lk_backbones"}
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))

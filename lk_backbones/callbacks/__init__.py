@@ -4,6 +4,7 @@ from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoin
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
+from lk_backbones.callbacks.receptive_field import ReceptiveField
 from lk_backbones.callbacks.sparsity import DynamicSparsity
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
@@ -15,6 +16,7 @@ __all__ = [
     "DynamicSparsity",
     "MetricsTable",
     "Overlays",
+    "ReceptiveField",
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",

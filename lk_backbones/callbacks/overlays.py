@@ -12,7 +12,7 @@ from lk_backbones.callbacks.closing import WritingCallback
 from lk_backbones.drawing.canvas import save_png
 from lk_backbones.drawing.figures import Figures
 
-__all__ = ["Overlays"]
+__all__ = ["Overlays", "log_picture"]
 
 
 class Overlays(WritingCallback):
@@ -147,7 +147,7 @@ class Overlays(WritingCallback):
             name = self._name(trainer, path)
             self._save(figure, folder, name)
             if self.log:
-                _log_picture(trainer, f"{folder.split('/')[0]}/{name}", figure)
+                log_picture(trainer, f"{folder.split('/')[0]}/{name}", figure)
 
     def _save(self, picture: Image.Image, folder: str, name: str) -> None:
         save_png(picture, self._folder / folder / f"{name}.png")
@@ -175,7 +175,8 @@ def _all_paths(trainer: L.Trainer) -> list[str]:
     return paths
 
 
-def _log_picture(trainer: L.Trainer, tag: str, figure: Image.Image) -> None:
+def log_picture(trainer: L.Trainer, tag: str, figure: Image.Image) -> None:
+    """Hand a picture to every logger that takes pictures, under the current step."""
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):  # Weights & Biases, and those that follow it

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import grid, hub, models, recipes, training
+from lk_backbones.cli import analysis, grid, hub, models, recipes, training
 
 __all__ = ["main"]
 
@@ -29,6 +29,8 @@ Large-kernel ConvNets for segmentation and detection.
   models    list the encoders: name, parameters, kernel sizes, weights
   grid      how a peripheral kernel shares its weights: lk-backbones grid 101 --save grid.png
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
+  erf       what a model sees, its effective receptive field: lk-backbones erf MODEL MODEL --pictures FOLDER
+  shape-bias  what a classifier goes by, shape or texture: lk-backbones shape-bias MODEL --pictures FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
@@ -70,6 +72,10 @@ def _run(args: list[str]) -> None:
         grid.run(args[1:])
     elif args[0] == "hub":
         hub.run(args[1:])
+    elif args[0] == "erf":
+        analysis.erf(args[1:])
+    elif args[0] == "shape-bias":
+        analysis.shape_bias(args[1:])
     elif args[0] == "convert":
         hub.convert(args[1:])
     else:

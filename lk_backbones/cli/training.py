@@ -48,7 +48,14 @@ def _run(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
-    from lk_backbones.callbacks import ClosingLines, CocoResults, MetricsTable, Overlays, ReproducibleSteps
+    from lk_backbones.callbacks import (
+        ClosingLines,
+        CocoResults,
+        MetricsTable,
+        Overlays,
+        ReceptiveField,
+        ReproducibleSteps,
+    )
     from lk_backbones.cli.configuration import ConfigFile, Parser, SaveConfig, Trainer, reason_of
 
     args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
@@ -69,6 +76,7 @@ def _run(args: list[str]) -> None:
             parser.add_lightning_class_args(MetricsTable, "table")
             parser.add_lightning_class_args(CocoResults, "results")
             parser.add_lightning_class_args(ReproducibleSteps, "reproducible")
+            parser.add_lightning_class_args(ReceptiveField, "erf")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             super().parse_arguments(parser, args)
@@ -177,10 +185,12 @@ def _beside_its_run(command: str, config: Any) -> dict[str, Any]:
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
     """Return whether a callback has anything to do: other modules are not drawn, and some runs shall have no seed."""
-    from lk_backbones.callbacks import Overlays, ReproducibleSteps
+    from lk_backbones.callbacks import Overlays, ReceptiveField, ReproducibleSteps
 
     if isinstance(callback, Overlays):
         return callback.can_draw(model)
+    if isinstance(callback, ReceptiveField):
+        return callback.every > 0
     return not (isinstance(callback, ReproducibleSteps) and unseeded and callback.seed is None)
 
 

@@ -1,6 +1,6 @@
-"""Colours for classes that bring none, to be laid over photographs."""
+"""Colours for classes that bring none, to be laid over photographs, and for lines and marks on white."""
 
-__all__ = ["Color", "class_palette"]
+__all__ = ["Color", "class_palette", "plot_palette"]
 
 Color = tuple[int, int, int]
 
@@ -23,6 +23,18 @@ def class_palette(num_classes: int) -> list[Color]:
     lighter shades.
     """
     return [_shade(_COLORS[i % len(_COLORS)], i // len(_COLORS)) for i in range(num_classes)]
+
+
+# Okabe and Ito's, which also colour-blind eyes tell apart, without black and yellow.
+_ON_WHITE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
+
+
+def plot_palette(number: int) -> list[Color]:
+    """Return an RGB colour (0 to 255) for each of some lines or marks on white; beyond six they come again, darker."""
+    return [
+        _shade(_ON_WHITE[i % len(_ON_WHITE)], 2 * (i // len(_ON_WHITE)) - 1 if i >= len(_ON_WHITE) else 0)
+        for i in range(number)
+    ]
 
 
 def _shade(color: Color, turn: int) -> Color:
