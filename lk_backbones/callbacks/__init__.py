@@ -1,6 +1,7 @@
 """What watches, draws and writes while a task runs."""
 
 from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
+from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
@@ -9,6 +10,7 @@ from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 
 __all__ = [
     "AtomicCheckpointIO",
+    "ClassificationResults",
     "ClosingLines",
     "CocoResults",
     "MetricsTable",

@@ -48,7 +48,14 @@ def _run(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
-    from lk_backbones.callbacks import ClosingLines, CocoResults, MetricsTable, Overlays, ReproducibleSteps
+    from lk_backbones.callbacks import (
+        ClassificationResults,
+        ClosingLines,
+        CocoResults,
+        MetricsTable,
+        Overlays,
+        ReproducibleSteps,
+    )
     from lk_backbones.cli.configuration import ConfigFile, Parser, SaveConfig, Trainer, reason_of
 
     args = [args[0], *_DEFAULTS.get(args[0], []), *args[1:]]
@@ -68,6 +75,7 @@ def _run(args: list[str]) -> None:
             parser.add_lightning_class_args(Overlays, "overlays")
             parser.add_lightning_class_args(MetricsTable, "table")
             parser.add_lightning_class_args(CocoResults, "results")
+            parser.add_lightning_class_args(ClassificationResults, "classes")
             parser.add_lightning_class_args(ReproducibleSteps, "reproducible")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

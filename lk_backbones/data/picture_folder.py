@@ -11,6 +11,8 @@ from typing_extensions import Self
 from lk_backbones._processes import world
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
+from lk_backbones.data.classification_transforms import OfArrays, PictureSettings
+from lk_backbones.data.classification_transforms import eval_transform as classification_transform
 from lk_backbones.data.datamodule import (
     PictureDataModule,
     default_num_workers,
@@ -101,6 +103,7 @@ class PictureFolderDataModule(PictureDataModule):
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
         self._dataset: _Pictures | None = None
         self._test_scales: tuple[float, ...] = ()
+        self._picture_settings: PictureSettings | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -144,8 +147,19 @@ class PictureFolderDataModule(PictureDataModule):
             files = find_files(self.folder, IMAGE_EXTENSIONS)
             require_files(files, self.folder)
         no_classes = ClassTable((), (), {0: 0})
-        self._dataset = _Pictures(files, None, no_classes, eval_transform(self.test_size), training=False)
+        self._dataset = _Pictures(files, None, no_classes, self._transform(), training=False)
         self.set_test_scales(self._test_scales)
+
+    def _transform(self) -> Any:
+        if self._picture_settings is not None:
+            return OfArrays(classification_transform(self._picture_settings))
+        return eval_transform(self.test_size)
+
+    def set_picture_settings(self, **settings: Any) -> None:
+        """Take over from a classifier how it is used to see pictures, see `ClassificationDataModule`."""
+        self._picture_settings = PictureSettings(**settings)
+        if self._dataset is not None:
+            self._dataset.transform = self._transform()
 
     def set_test_scales(self, scales: Sequence[float]) -> None:
         """See `set_test_scales`."""
