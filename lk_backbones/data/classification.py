@@ -65,12 +65,13 @@ class ClassificationDataset(PictureDataset):
         width, height = image.size
         sample: dict[str, Any] = {"label": label, "path": self.path(index)}
         try:
-            if self.training:
-                seed = key.seed if isinstance(key, SampleKey) else derive_seed(key)
-                with seeded(seed):
-                    return sample | {"image": self.transform(image)}
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            return sample | {"image": self.transform(image), "original_size": (height, width)}
+            with image:
+                if self.training:
+                    seed = key.seed if isinstance(key, SampleKey) else derive_seed(key)
+                    with seeded(seed):
+                        return sample | {"image": self.transform(image)}
+                whole = image if image.mode == "RGB" else image.convert("RGB")
+                return sample | {"image": self.transform(whole), "original_size": (height, width)}
         except (OSError, SyntaxError, EOFError) as error:  # of a picture that is decoded only now
             raise unreadable(Path(self.path(index)), error) from error
 
@@ -134,7 +135,8 @@ def _find_unreadable(paths: Sequence[str], level: CheckLevel, turn: bool) -> dic
         try:
             if full:
                 try:
-                    open_image(path, turn).load()
+                    with open_image(path, turn) as image:
+                        image.load()
                 except READ_ERRORS as error:
                     raise error if str(path) in str(error) else unreadable(path, error) from error
             else:

@@ -6,14 +6,14 @@ and the task normalises. Random erasing, mixup and CutMix work on normalised bat
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 
@@ -157,8 +157,33 @@ def train_transform(settings: PictureSettings, augmentation: Augmentation) -> Tr
             'Usual are auto_augment="rand-m9-mstd0.5-inc1" and interpolation="random".'
         ) from error
     pipeline.transforms[0] = DraftedRandomResizedCrop(pipeline.transforms[0])
+    for operation in _operations(pipeline):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
     transform: Transform = pipeline
     return transform
+
+
+def _operations(pipeline: Any) -> Iterator[Any]:
+    """Yield timm's operations of RandAugment, AutoAugment or AugMix."""
+    for transform in pipeline.transforms:
+        yield from getattr(transform, "ops", [])
+        for policy in getattr(transform, "policy", []):
+            yield from policy
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    """Keep the upper bits of every channel, as timm's operation; also none of them, which Pillow 13 refuses.
+
+    Args:
+        image: The picture.
+        bits_to_keep: How many, 0 to 8. The strongest RandAugment keeps none: the picture becomes black.
+        **kwargs: As timm passes them on.
+    """
+    if bits_to_keep == 0:
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = auto_augment.posterize(image, bits_to_keep, **kwargs)
+    return posterized
 
 
 def eval_transform(settings: PictureSettings) -> Transform:

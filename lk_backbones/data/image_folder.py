@@ -32,7 +32,7 @@ def pictures_below(root: Path, folder: str) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(parent, root)
         found += [
-            os.path.join(inside, name)
+            os.path.normpath(os.path.join(inside, name))
             for name in names
             if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
         ]

@@ -413,6 +413,12 @@ def build_classifier(spec: EncoderSpec, in_channels: int, num_classes: int) -> t
         )
     except TypeError as error:
         raise ValueError(f"'{name}' refuses its arguments (encoder_kwargs={spec.kwargs}): {error}") from error
+    except RuntimeError as error:
+        if "Invalid pretrained tag" not in str(error):
+            raise
+        architecture = name.partition(".")[0]
+        known = [f"{architecture}.{tag}" for tag in timm.models.list_pretrained(f"{architecture}.*")]
+        raise ValueError(f"nobody published weights '{name}'; there are {', '.join(known) or 'none'}") from error
     heads = classifiers(model)
     if not any(key.startswith(heads) for key, _ in model.named_parameters()):
         raise ValueError(f"'{name}' has no classifier that could be trained: use another timm model")

@@ -103,8 +103,8 @@ class Weights:
                     values[name] = [3, *size] if isinstance(size, list | tuple) else [3, size, size]
             where += ", hyper_parameters"
         elif not values and self.published is not None:
-            known = timm.get_pretrained_cfg(self.published.name, allow_unregistered=True)
-            values = {} if known is None else known.to_dict()
+            known = timm.is_model(self.published.name) and timm.get_pretrained_cfg(self.published.name)
+            values = known.to_dict() if known else {}
         return check_picture_settings(values, where)
 
 
