@@ -134,7 +134,7 @@ def _named_confusion(shares: np.ndarray, counts: np.ndarray, names: Sequence[str
         if counts[row]:
             length = round(float(shares[row, row]) * (bar - 50))
             draw.rectangle((x, y + 5, x + max(length, 1), y + cell - 7), fill=BLUE)
-        number = f"{100 * shares[row, row]:.1f} %" if counts[row] else "–"
+        number = f"{100 * shares[row, row]:.1f} %" if counts[row] else "-"
         draw.text((x + bar - 44, y + 6), number, fill=INK, font=small)
     return figure
 

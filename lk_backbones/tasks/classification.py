@@ -24,6 +24,7 @@ from lk_backbones.metrics.tables import accuracy_table
 from lk_backbones.tasks.arguments import check_shared_arguments
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights
+from lk_backbones.weights.config import LARGEST_SIDE
 
 __all__ = ["ClassificationTask"]
 
@@ -456,8 +457,11 @@ def _check_arguments(hparams: Any) -> None:
     check_shared_arguments(hparams, 2, "a picture is one of several things")
     for key in ("input_size", "train_size"):
         size = _size(hparams[key])
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"{key}={hparams[key]} must be height and width in pixels, or one number for both")
+        if size is not None and not (len(size) == 2 and 1 <= min(size) <= max(size) <= LARGEST_SIDE):
+            raise ValueError(
+                f"{key}={hparams[key]} must be height and width in pixels, or one number for both, from 1 to "
+                f"{LARGEST_SIDE}"
+            )
     if hparams["crop_pct"] is not None and not 0 < hparams["crop_pct"] <= 1:
         raise ValueError(f"crop_pct={hparams['crop_pct']} must be above 0 and at most 1")
     choices: dict[str, tuple[str | None, ...]] = {

@@ -7,10 +7,11 @@ from typing import Any
 from lk_backbones.weights.arguments import check_architecture, check_model_arguments, plain_copy
 from lk_backbones.weights.errors import WeightsError, shorten
 
-__all__ = ["check_picture_settings", "read_config"]
+__all__ = ["LARGEST_SIDE", "check_picture_settings", "read_config"]
 
 _LARGEST_FILE = 10_000_000  # bytes
-_LARGEST_SIDE = 2**15  # of a picture, in pixels
+#: Longest side of pictures that a file may have them resized to: more is no model's, but fills any memory.
+LARGEST_SIDE = 2**15
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
@@ -129,7 +130,7 @@ def check_picture_settings(values: dict[str, Any], where: str) -> dict[str, Any]
         WeightsError: If one has an impossible value, with its name.
     """
     kinds: dict[str, tuple[Any, str]] = {
-        "input_size": (_is_size, f"channels, height and width, each from 1 to {_LARGEST_SIDE}"),
+        "input_size": (_is_size, f"channels, height and width, each from 1 to {LARGEST_SIDE}"),
         "crop_pct": (_is_share, "a number above 0 and up to 1"),
         "interpolation": (_INTERPOLATIONS.__contains__, f"one of {', '.join(_INTERPOLATIONS)}"),
         "crop_mode": (_CROP_MODES.__contains__, f"one of {', '.join(_CROP_MODES)}"),
@@ -145,7 +146,7 @@ def check_picture_settings(values: dict[str, Any], where: str) -> dict[str, Any]
 
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, list | tuple) else ()
-    return len(sides) == 3 and all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides)
+    return len(sides) == 3 and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
 
 
 def _is_share(value: Any) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
 
 from lk_backbones import hub
-from lk_backbones.callbacks import ReproducibleSteps
+from lk_backbones.callbacks import ClassificationResults, ReproducibleSteps
 from lk_backbones.cli import main
 from lk_backbones.data import ImageFolderDataModule
 from lk_backbones.metrics import ClassificationMetrics
@@ -35,6 +36,8 @@ from lk_backbones.tasks.optim import warmup_cosine
 from lk_backbones.weights.errors import WeightsError
 from tests.class_folders import COLORS, draw_folders
 
+#: Under which a process of its own finds the package and these tests.
+PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
 TINY = {"kernel_sizes": 3, "depths": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 SMALL: dict[str, Any] = {"num_workers": 0, "batch_size": 6, "val_batch_size": 5, "seed": 0}
 
@@ -286,14 +289,13 @@ def write_weights(folder: Path, num_classes: int, **config: Any) -> Path:
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_fine_tuning_with_other_classes(
-    kind: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"input_size": (3, 48, 48), "crop_pct": 0.95, "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5)}
     folder = write_weights(tmp_path / "published", 11, **given)
     source = str(folder if kind == "folder" else folder / "model.safetensors")
     task = make_task(encoder_weights=source, input_size=None)
-    told = capsys.readouterr()
-    assert "a classifier of 11 classes; the model keeps its own, of 6" in told.out + told.err
+    assert "a classifier of 11 classes; the model keeps its own, of 6" in caplog.text
     published = timm.models.load_state_dict(str(folder / "model.safetensors"))
     for key, value in task.model.state_dict().items():
         if not key.startswith("head.fc"):
@@ -497,11 +499,20 @@ def test_weights_of_other_classes_are_no_evaluation(
     assert "num_classes=6" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["test", *args, "--data.root", str(folders), *QUIET])
-    assert "ImageFolderDataModule" in capsys.readouterr().err
+    assert "val has no folders of classes" in capsys.readouterr().err
 
 
-def test_a_killed_run_resumes_to_the_same_weights(folders: Path, tmp_path: Path) -> None:
-    def command(folder: Path, *more: str) -> list[str]:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a process that is started with OMP_NUM_THREADS=1: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(folders: Path, tmp_path: Path, one_thread: None) -> None:
+    def arguments(folder: Path, *more: str) -> list[str]:
         options = ["--config", "own/classify_replknet_31n_224", "--data.root", str(folders), *QUIET]
         options += ["--model.encoder_kwargs", json.dumps(TINY | {"drop_path_rate": 0.3}), "--model.input_size", "32"]
         options += ["--data.batch_size", "6", "--model.random_erasing", "0.5", "--trainer.max_epochs", "2"]
@@ -510,15 +521,14 @@ def test_a_killed_run_resumes_to_the_same_weights(folders: Path, tmp_path: Path)
         options += ["--trainer.callbacks.every_n_train_steps", "2", "--trainer.callbacks.dirpath", str(folder)]
         options += ["--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "{step}"]
         options += ["--trainer.callbacks.auto_insert_metric_name", "false"]
-        return [sys.executable, "-m", "lk_backbones.cli", "fit", *options, *more]
+        return ["fit", *options, *more]
 
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    subprocess.run(command(undisturbed), check=True, env=env, cwd=tmp_path, capture_output=True)
-
     process = subprocess.Popen(
-        command(killed), env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [sys.executable, "-m", "lk_backbones.cli", *arguments(killed)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}, cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     waited_for = killed / "4.ckpt"  # in the middle of the first epoch of 6 steps
     deadline = time.monotonic() + 300
     while not waited_for.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -530,8 +540,8 @@ def test_a_killed_run_resumes_to_the_same_weights(folders: Path, tmp_path: Path)
         if path != waited_for:
             path.unlink()
 
-    resume = command(killed, "--ckpt_path", str(waited_for))
-    subprocess.run(resume, check=True, env=env, cwd=tmp_path, capture_output=True)
+    main(arguments(undisturbed))
+    main(arguments(killed, "--ckpt_path", str(waited_for)))
     first, second = (torch.load(d / "12.ckpt", weights_only=True)["state_dict"] for d in (undisturbed, killed))
     assert first.keys() == second.keys()
     for key, value in first.items():
@@ -541,51 +551,44 @@ def test_a_killed_run_resumes_to_the_same_weights(folders: Path, tmp_path: Path)
 # --- two processes --------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import json, sys
+import sys
 from pathlib import Path
-import torch
-from lk_backbones.callbacks import ClassificationResults
-from tests.tasks.test_classification import layer_norm_task, make_trainer, numbers
-from lk_backbones.data import ImageFolderDataModule
+from tests.tasks.test_classification import fit_and_test
 
-folder, root, devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-data = ImageFolderDataModule(root, num_workers=0, batch_size=6 // devices, val_batch_size=2, seed=0)
-trainer = make_trainer(
-    folder, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
-    callbacks=[ClassificationResults(str(folder))], use_distributed_sampler=False,
-)
-task = layer_norm_task()
-trainer.fit(task, data)
-found = numbers(trainer)
-trainer.test(task, data, verbose=False)
-found |= numbers(trainer)
-if trainer.is_global_zero:
-    found["pictures"] = int(task.measured["confusion"].sum())
-    (folder / "metrics.json").write_text(json.dumps(found))
+fit_and_test(Path(sys.argv[1]), sys.argv[2], 2)
 """
 
 
-def layer_norm_task() -> ClassificationTask:
-    """A network without batch norms, which see less in each of two processes."""
+def fit_and_test(folder: Path, root: str, devices: int) -> None:
+    """Train for an epoch, measure, and write what was measured."""
     torch.manual_seed(0)
+    # without batch norms, which see less in each of two processes
     kwargs = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
-    return ClassificationTask("tu-convnext_atto", None, kwargs, 6, input_size=32, optimizer="sgd", lr=0.05)
+    task = ClassificationTask("tu-convnext_atto", None, kwargs, 6, input_size=32, optimizer="sgd", lr=0.05)
+    data = ImageFolderDataModule(root, num_workers=0, batch_size=6 // devices, val_batch_size=2, seed=0)
+    trainer = make_trainer(
+        folder, devices=devices, strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False,
+        callbacks=[ClassificationResults(str(folder))],
+    )  # fmt: skip
+    trainer.fit(task, data)
+    found = numbers(trainer)
+    trainer.test(task, data, verbose=False)
+    found |= numbers(trainer)
+    if trainer.is_global_zero:
+        found["pictures"] = int(task.measured["confusion"].sum())
+        (folder / "metrics.json").write_text(json.dumps(found))
 
 
-def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_and_measure_as_one(tmp_path: Path, one_thread: None) -> None:
     root = draw_folders(tmp_path / "data", {"train": 6, "val": 3})
     (root / "val" / "red" / "red_2.jpg").unlink()  # 17 pictures: one process has one more
-    results = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
-        (tmp_path / "script.py").write_text(SCRIPT)
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder), str(root), str(devices)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        results.append(json.loads((folder / "metrics.json").read_text()))
-    one, two = results
+    fit_and_test(tmp_path / "1", str(root), 1)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "2"), str(root)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (json.loads((tmp_path / devices / "metrics.json").read_text()) for devices in "12")
     assert one["pictures"] == two["pictures"] == 17
     for key in ("val/top1", "test/top1", "test/top5"):
         assert one[key] == two[key], key
@@ -595,3 +598,49 @@ def test_two_processes_train_and_measure_as_one(tmp_path: Path) -> None:
     assert [row["file"] for row in tables[0]] == [row["file"] for row in tables[1]]
     assert len(tables[0]) == 17
     assert [row["class_1"] for row in tables[0]] == [row["class_1"] for row in tables[1]]
+
+
+# --- checkpoints that lie -------------------------------------------------------------------------------------------
+
+OPENS = {"class_path": "logging.FileHandler", "init_args": {"filename": "executed"}}
+
+
+@pytest.mark.parametrize(
+    ("place", "values", "name"),
+    [
+        ("hyper_parameters", {"encoder_kwargs": OPENS}, "class_path"),
+        ("hyper_parameters", {"encoder_kwargs": {"act_layer": OPENS}}, ""),
+        ("hyper_parameters", {"encoder": "hf-hub:you/evil"}, "may not say where"),
+        ("hyper_parameters", {"encoder": "tu-hf-hub:you/evil"}, "encoder"),
+        ("hyper_parameters", {"input_size": [10**6, 10**6]}, "input_size"),
+        ("hyper_parameters", {"train_size": OPENS}, "train_size"),
+        ("hyper_parameters", {"crop_pct": 1e-9, "input_size": [True, 5]}, "input_size"),
+        ("hyper_parameters", {"interpolation": "evil"}, "interpolation"),
+        ("hyper_parameters", {"loss": OPENS}, "loss"),
+        ("hyper_parameters", {"_class_path": "evil.ClassificationTask"}, "evil"),
+        ("datamodule_hyper_parameters", {"auto_augment": OPENS}, "auto_augment"),
+        ("datamodule_hyper_parameters", {"auto_augment": "evil"}, "auto_augment"),
+        ("datamodule_hyper_parameters", {"root": OPENS}, "root"),
+        ("datamodule_hyper_parameters", {"transform": OPENS}, "transform"),
+    ],
+)
+def test_a_tampered_checkpoint_is_refused(
+    place: str,
+    values: dict[str, Any],
+    name: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(trained, weights_only=True)
+    content[place] = {**content[place], **values}
+    torch.save(content, "evil.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--ckpt_path", "evil.ckpt", *QUIET, "--trainer.logger", "false"])
+    assert stopped.value.code == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "evil.ckpt" in error
+    assert name in error
+    assert not Path("executed").exists()
