@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from timm.data import ImageNetInfo
 
+from lk_backbones._imagenet import imagenet_names
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
 from lk_backbones.data.classification import ClassificationDataModule, FileClassificationDataset, table_of
@@ -70,23 +71,18 @@ class ImageNetDataModule(ClassificationDataModule):
         self.root = Path(root)
         self.val_labels = val_labels
         try:
-            self._info = ImageNetInfo(subset)
+            synsets = ImageNetInfo(subset).label_names()
         except AssertionError:
             known = ["imagenet-1k", "imagenet-12k", "imagenet-22k", "imagenet-21k-goog", "imagenet-21k-miil"]
             raise ValueError(
                 f"subset={shorten(subset)} is none that timm knows{nearest(subset[:80], known)}; usual are "
                 f"{', '.join(known)}."
             ) from None
-        self._index = {synset: place for place, synset in enumerate(self._info.label_names())}
+        self._index = {synset: place for place, synset in enumerate(synsets)}
 
     def load_classes(self) -> ClassTable:
         """Return timm's names; of those that stand for two synsets (crane, the bird and the machine) with the id."""
-        names = list(self._info.label_descriptions())
-        repeated = {name for name, count in _counts(names).items() if count > 1}
-        synsets = self._info.label_names()
-        return table_of(
-            [f"{name} ({synset})" if name in repeated else name for name, synset in zip(names, synsets, strict=True)]
-        )
+        return table_of(imagenet_names(self.hparams["subset"]))
 
     def make_dataset(self, split: Split) -> FileClassificationDataset:
         """See `ClassificationDataModule.make_dataset`.
@@ -136,13 +132,6 @@ class ImageNetDataModule(ClassificationDataModule):
             path = self.root / found
         labels = read_labels(path, files, self._index)
         return [(file, labels[file]) for file in files]
-
-
-def _counts(names: Sequence[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def read_labels(path: Path, files: Sequence[str], index: Mapping[str, int]) -> dict[str, int]:

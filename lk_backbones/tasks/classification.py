@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.table import Table
-from timm.data import resolve_model_data_config
+from timm.data import infer_imagenet_subset, resolve_model_data_config
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torchmetrics import MeanMetric
 
+from lk_backbones._imagenet import imagenet_names
 from lk_backbones._random import seeded
 from lk_backbones.drawing.figures import ClassificationFigures, Figures
 from lk_backbones.encoders import list_encoders
@@ -25,6 +26,7 @@ from lk_backbones.tasks.arguments import check_shared_arguments
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights
 from lk_backbones.weights.config import LARGEST_SIDE
+from lk_backbones.weights.sources import is_source
 
 __all__ = ["ClassificationTask"]
 
@@ -146,6 +148,8 @@ class ClassificationTask(BaseTask):
         _check_arguments(self.hparams)
         spec = self.resolve_encoder()
         self.model, is_new = build_classifier(spec, in_channels, num_classes)
+        is_published = bool(spec.weights) or (spec.source is not None and not is_source(spec.source))
+        self._published_classes = infer_imagenet_subset(self.model) if is_published and not is_new else None
         self.prepare_encoder(spec)
         self._classifier = classifiers(self.model)
         if freeze_encoder:
@@ -167,6 +171,13 @@ class ClassificationTask(BaseTask):
     def encoder(self) -> nn.Module:
         """The timm model, its classifier included."""
         return self.model
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: the argument's, else the data module's, else ImageNet's if the weights are its."""
+        if self.hparams["class_names"] is None and self._published_classes is not None:
+            return imagenet_names(self._published_classes)
+        return super().class_names
 
     def _classifier_weight(self) -> torch.Tensor:
         return next(p for name, p in self.model.named_parameters() if name.startswith(self._classifier))

@@ -316,6 +316,17 @@ def test_fine_tuning_with_other_classes(
     assert torch.equal(same.model.head.fc.weight, published["head.fc.weight"])
 
 
+def test_published_weights_know_the_names_of_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_weights(tmp_path / "published", 1000)
+    monkeypatch.setattr("lk_backbones.tasks.encoder.pull", lambda source: hub.pull(folder))
+    task = make_task(encoder="replknet_31b.in1k", encoder_weights=True, num_classes=1000)
+    assert task.class_names[0].startswith("tench")
+    assert task.hparams["class_names"] is None, "the data's are still wanted"
+    assert make_task(encoder="replknet_31b.in1k", encoder_weights=True).class_names[0] == "class_0"
+    own = make_task(encoder_weights=str(folder), num_classes=1000)
+    assert own.class_names[0] == "class_0", "nobody knows what these are"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("crop_pct", 7), ("crop_pct", "x"), ("input_size", [3, 0, 9]), ("interpolation", "evil"), ("crop_mode", ["a"])],
