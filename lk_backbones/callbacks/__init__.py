@@ -5,6 +5,7 @@ from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
+from lk_backbones.callbacks.shape_bias import ShapeBias
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 
@@ -18,5 +19,6 @@ __all__ = [
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",
+    "ShapeBias",
     "WritingCallback",
 ]

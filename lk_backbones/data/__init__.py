@@ -16,6 +16,7 @@ from lk_backbones.data.image_folder import ImageFolderDataModule
 from lk_backbones.data.imagenet import ImageNetDataModule
 from lk_backbones.data.picture_folder import PictureFolderDataModule
 from lk_backbones.data.scenes.datamodules import SyntheticScenesDataModule, SyntheticScenesDetectionDataModule
+from lk_backbones.data.scenes.shapes import SyntheticShapesDataModule
 from lk_backbones.data.segmentation import SegmentationDataModule, SegmentationDataset
 from lk_backbones.data.segmentation_folder import SegmentationFolderDataModule
 
@@ -37,4 +38,5 @@ __all__ = [
     "SegmentationFolderDataModule",
     "SyntheticScenesDataModule",
     "SyntheticScenesDetectionDataModule",
+    "SyntheticShapesDataModule",
 ]
