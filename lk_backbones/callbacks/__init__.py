@@ -1,16 +1,19 @@
 """What watches, draws and writes while a task runs."""
 
 from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoints
+from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
 from lk_backbones.callbacks.receptive_field import ReceptiveField
 from lk_backbones.callbacks.sparsity import DynamicSparsity
+from lk_backbones.callbacks.shape_bias import ShapeBias
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 
 __all__ = [
     "AtomicCheckpointIO",
+    "ClassificationResults",
     "ClosingLines",
     "CocoResults",
     "DynamicSparsity",
@@ -20,5 +23,6 @@ __all__ = [
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",
+    "ShapeBias",
     "WritingCallback",
 ]

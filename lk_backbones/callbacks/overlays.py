@@ -24,7 +24,8 @@ class Overlays(WritingCallback):
 
     Of a `SegmentationTask` the figures tell the IoU of every class in that picture, and predictions are written as
     label maps too, in ``<directory>/label_maps/`` (PNG files of class indices, 8 bit up to 256 classes, else 16 bit).
-    Of a `DetectionTask` they show boxes and masks with class names and scores.
+    Of a `DetectionTask` they show boxes and masks with class names and scores. Of a `ClassificationTask` the figures
+    show the best classes; predictions are drawn by `ClassificationResults`.
 
     Args:
         directory: Folder for the pictures; ``None`` for ``overlays`` in the trainer's log folder.

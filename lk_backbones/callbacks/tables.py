@@ -15,7 +15,7 @@ class MetricsTable(L.Callback):
     """Print a table of results at the end of a training, a validation or a test.
 
     For a `SegmentationTask` the IoU of every class, mean IoU and pixel accuracy; for a `DetectionTask` COCO's twelve
-    numbers and, if the task measures it, the AP of every class.
+    numbers and, if the task measures it, the AP of every class; for a `ClassificationTask` top-1 and top-5.
 
     Args:
         every_validation: Print after each validation during training too.

@@ -17,13 +17,13 @@ __all__ = ["main"]
 
 _USAGE = """usage: lk-backbones COMMAND ...
 
-Large-kernel ConvNets for segmentation and detection.
+Large-kernel ConvNets for classification, segmentation and detection.
 
   fit       train:     lk-backbones fit --config quickstart/unet_replknet_31n_scenes
                        lk-backbones fit --config own/unet_replknet_31n_256 --data.root FOLDER
   validate  evaluate:  lk-backbones validate --ckpt_path CHECKPOINT
   test      evaluate:  lk-backbones test --ckpt_path CHECKPOINT
-  predict   overlays, and label maps or detections, for a folder of pictures:
+  predict   overlays, and label maps, detections or classes, for a folder of pictures:
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
   recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
   models    list the encoders: name, parameters, kernel sizes, weights

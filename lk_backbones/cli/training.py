@@ -49,6 +49,7 @@ def _run(args: list[str]) -> None:
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
     from lk_backbones.callbacks import (
+        ClassificationResults,
         ClosingLines,
         CocoResults,
         MetricsTable,
@@ -75,6 +76,7 @@ def _run(args: list[str]) -> None:
             parser.add_lightning_class_args(Overlays, "overlays")
             parser.add_lightning_class_args(MetricsTable, "table")
             parser.add_lightning_class_args(CocoResults, "results")
+            parser.add_lightning_class_args(ClassificationResults, "classes")
             parser.add_lightning_class_args(ReproducibleSteps, "reproducible")
             parser.add_lightning_class_args(ReceptiveField, "erf")
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import albumentations as A
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -49,11 +48,11 @@ class PictureDataset(Dataset[Any], ABC):
     """A map-style data set of pictures with labels.
 
     Args:
-        transform: albumentations pipeline.
+        transform: albumentations pipeline; for classification one of timm's.
         training: Whether samples are augmented, or whole pictures with their original labels.
     """
 
-    def __init__(self, transform: A.Compose, training: bool):
+    def __init__(self, transform: Any, training: bool):
         self.transform = transform
         self.training = training
 

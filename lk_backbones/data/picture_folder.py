@@ -11,6 +11,8 @@ from typing_extensions import Self
 from lk_backbones._processes import world
 from lk_backbones.data.checks import require_files, require_folders
 from lk_backbones.data.classes import ClassTable
+from lk_backbones.data.classification_transforms import OfArrays, PictureSettings
+from lk_backbones.data.classification_transforms import eval_transform as classification_transform
 from lk_backbones.data.datamodule import (
     PictureDataModule,
     default_num_workers,
@@ -22,11 +24,9 @@ from lk_backbones.data.reading import IMAGE_EXTENSIONS, find_files
 from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation_loader
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
+from lk_backbones.weights.config import LARGEST_SIDE
 from lk_backbones.weights.errors import WeightsError, shorten
 from lk_backbones.weights.saved import read_training_checkpoint
-
-#: Longest side that a checkpoint may have pictures resized to: more is no model's, but fills any memory.
-_LARGEST_SIDE = 2**15
 
 
 class _Pictures(FileSegmentationDataset):
@@ -101,6 +101,7 @@ class PictureFolderDataModule(PictureDataModule):
         self.pin_memory = default_pin_memory() if pin_memory is None else pin_memory
         self._dataset: _Pictures | None = None
         self._test_scales: tuple[float, ...] = ()
+        self._picture_settings: PictureSettings | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -144,8 +145,19 @@ class PictureFolderDataModule(PictureDataModule):
             files = find_files(self.folder, IMAGE_EXTENSIONS)
             require_files(files, self.folder)
         no_classes = ClassTable((), (), {0: 0})
-        self._dataset = _Pictures(files, None, no_classes, eval_transform(self.test_size), training=False)
+        self._dataset = _Pictures(files, None, no_classes, self._transform(), training=False)
         self.set_test_scales(self._test_scales)
+
+    def _transform(self) -> Any:
+        if self._picture_settings is not None:
+            return OfArrays(classification_transform(self._picture_settings))
+        return eval_transform(self.test_size)
+
+    def set_picture_settings(self, **settings: Any) -> None:
+        """Take over from a classifier how it is used to see pictures, see `ClassificationDataModule`."""
+        self._picture_settings = PictureSettings(**settings)
+        if self._dataset is not None:
+            self._dataset.transform = self._transform()
 
     def set_test_scales(self, scales: Sequence[float]) -> None:
         """See `set_test_scales`."""
@@ -177,9 +189,9 @@ def evaluation_arguments(checkpoint: Mapping[str, Any], source: object) -> dict[
     if size is None:
         return {}
     sides = size if isinstance(size, list | tuple) else ()
-    if len(sides) != 2 or not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise WeightsError(
             f"'{source}', datamodule_hyper_parameters: test_size must be two lengths in pixels, from 1 to "
-            f"{_LARGEST_SIDE}, got {shorten(size)}"
+            f"{LARGEST_SIDE}, got {shorten(size)}"
         )
     return {"test_size": (sides[0], sides[1])}

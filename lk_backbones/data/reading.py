@@ -19,8 +19,8 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", "
 #: File name endings that are taken for label maps: the lossless ones of the above.
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif", ".pgm")
 
-# What Pillow raises on files that are cut off, are no pictures, or are far too large.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+#: What Pillow raises on files that are cut off, are no pictures, or are far too large.
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 _EXIF_ORIENTATION = 0x0112
 
@@ -62,8 +62,8 @@ def image_size(path: Path) -> tuple[int, int]:
             # Pillow decodes a whole PNG in search of EXIF data behind the pixels.
             has_exif = image.format != "PNG" or "exif" in image.info
             turned = has_exif and image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
     return (width, height) if turned else (height, width)
 
 
@@ -101,8 +101,40 @@ def read_image(path: Path, turn: bool = True) -> np.ndarray:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"The image {path} does not exist.") from None
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def open_image(path: str | Path, turn: bool = True) -> Image.Image:
+    """Open a picture as RGB; of a usual JPEG file only the header is read, and the pixels when they are asked for.
+
+    Whoever wants a part of a large JPEG picture, or a small copy, can then have it decoded at a fraction of its size
+    (`PIL.Image.Image.draft`), which saves most of the time.
+
+    Args:
+        path: The file.
+        turn: False leaves the picture as it is stored, whatever its EXIF orientation.
+
+    Returns:
+        The picture; grey or RGB if it is not decoded yet, else RGB. What is wrong with the pixels of one that is not
+        decoded comes up later, as an error for `unreadable`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt, cut off or no picture.
+    """
+    path = Path(path)
+    try:
+        image = Image.open(path)
+        upright = image.format == "JPEG" and (not turn or image.getexif().get(_EXIF_ORIENTATION, 1) == 1)
+        if upright and image.mode in ("L", "RGB"):
+            return image
+        image.close()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"The image {path} does not exist.") from None
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+    return Image.fromarray(read_image(path, turn))
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -177,7 +209,13 @@ def _from_floats(path: Path, values: np.ndarray) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
+def unreadable(path: Path, error: BaseException) -> ValueError:
+    """Return the error that says of a file that it is no picture, or no whole one.
+
+    Args:
+        path: The file.
+        error: One of `READ_ERRORS`.
+    """
     reason = "it is empty" if path.is_file() and path.stat().st_size == 0 else str(error)
     return ValueError(f"The file {path} cannot be read as a picture: {reason}. Replace it or remove it.")
 
@@ -202,8 +240,8 @@ def read_labels(path: Path) -> np.ndarray:
             labels = np.array(_turned(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"The mask {path} does not exist.") from None
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
     if mode == "1":
         return labels.astype(np.uint8)
     if mode not in ("L", "P") and not mode.startswith("I"):

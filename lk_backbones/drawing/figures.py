@@ -16,10 +16,11 @@ from lk_backbones.drawing.canvas import (
     overlay,
     to_rgb,
 )
+from lk_backbones.drawing.classes import draw_best_classes
 from lk_backbones.drawing.palette import Color
 from lk_backbones.metrics.masks import decode_masks
 
-__all__ = ["DetectionFigures", "Figures", "SegmentationFigures"]
+__all__ = ["ClassificationFigures", "DetectionFigures", "Figures", "SegmentationFigures"]
 
 
 class Figures(ABC):
@@ -91,6 +92,44 @@ class SegmentationFigures(Figures):
             ", IoU in this picture by class" if ious is not None else ""
         )
         return draw_panels([("Image", picture), *drawn], entries, caption)
+
+
+class ClassificationFigures(Figures):
+    """The picture as the network sees it, beside its five best classes."""
+
+    def paths(self, batch: Any, unnamed: str) -> list[str]:
+        """See `Figures.paths`."""
+        paths = batch.get("path") or [f"{unnamed}_{i}" for i in range(len(batch["image"]))]
+        return [str(path) for path in paths]
+
+    def compared(self, batch: Any, outputs: Any, i: int, path: str) -> Image.Image:
+        """See `Figures.compared`; the true class is marked."""
+        return self.cell(batch, outputs, i, path, (320, 320))
+
+    def predicted(self, batch: Any, outputs: Any, i: int, path: str) -> dict[str, Image.Image]:
+        """See `Figures.predicted`; none, as `ClassificationResults` puts many pictures on a sheet."""
+        return {}
+
+    def cell(self, batch: Any, outputs: Any, i: int, path: str, size: tuple[int, int] = (160, 160)) -> Image.Image:
+        """Picture ``i`` of a batch with its best classes.
+
+        Args:
+            batch: The batch.
+            outputs: What a step of the task returned for it.
+            i: Which picture.
+            path: Its path or name, of which the file name is written.
+            size: Width and height that the picture is fitted into.
+        """
+        names, colors = self.task.class_names, self.task.class_colors
+        classes = outputs["classes"][i].tolist()
+        best = [
+            (names[c], float(p), colors[c]) for c, p in zip(classes, outputs["probabilities"][i].tolist(), strict=True)
+        ]
+        truth = names[int(batch["label"][i])] if "label" in batch else None
+        picture = to_rgb(batch["image"][i])
+        scale = min(size[0] / picture.width, size[1] / picture.height)
+        fitted = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+        return draw_best_classes(picture.resize(fitted, Image.Resampling.BICUBIC), size, best, Path(path).name, truth)
 
 
 class DetectionFigures(Figures):

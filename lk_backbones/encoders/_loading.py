@@ -120,7 +120,8 @@ def load_encoder(
     load_state(encoder, renamed, report, mode, title, lambda: _hint(weights.state_dict, name), kept)
     network: Any = getattr(encoder, "model", encoder)
     if isinstance(getattr(network, "pretrained_cfg", None), dict):
-        network.pretrained_cfg = network.pretrained_cfg | weights.preprocessing  # what the pictures shall look like
+        # what the pictures shall look like
+        network.pretrained_cfg = network.pretrained_cfg | weights.preprocessing | weights.picture_settings
     return report
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lk_backbones._printing import printable
 
-__all__ = ["ap_table", "iou_table"]
+__all__ = ["accuracy_table", "ap_table", "iou_table"]
 
 _TITLES = {"val": "Validation", "test": "Test"}
 # COCO's twelve numbers, as its own summary names them
@@ -73,6 +73,30 @@ def ap_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) -> 
         if f"{stage}/box_ap/{name}" in metrics:
             values = (_percent(metrics[f"{stage}/{kind}_ap/{name}"]) for kind in kinds)
             table.add_row(Text(printable(f"AP, {name}")), *values)
+    return table
+
+
+def accuracy_table(metrics: Mapping[str, Any], class_names: list[str], stage: str) -> Table:
+    """Make the table of a classification.
+
+    Args:
+        metrics: ``trainer.callback_metrics``.
+        class_names: Names of the classes.
+        stage: ``"val"`` or ``"test"``.
+
+    Returns:
+        A table; of the classes if they were logged, of which those without pictures show a dash.
+    """
+    table = Table(title=_TITLES[stage])
+    table.add_column("accuracy")
+    table.add_column("%", justify="right")
+    for name in class_names:
+        if f"{stage}/accuracy/{name}" in metrics:
+            table.add_row(Text(printable(name)), _percent(metrics[f"{stage}/accuracy/{name}"]))
+    table.add_section()
+    for key, title in (("top1", "top-1"), ("top5", "top-5")):
+        if f"{stage}/{key}" in metrics:
+            table.add_row(title, _percent(metrics[f"{stage}/{key}"]))
     return table
 
 

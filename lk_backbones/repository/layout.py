@@ -262,6 +262,8 @@ def _write_task(task: BaseTask, folder: Path) -> CardFacts:
     if isinstance(network, SegmentationModel) and hparams.get("enlarge_kernels") is None:
         facts = _write_smp_model(network, folder, preprocessing)
         extra = {key: value for key, value in task.state_dict().items() if not key.startswith("model.")}
+    elif is_timm_model(network):  # a classifier, which timm shall load too
+        facts, extra = _write_encoder(network, folder, None), {}
     else:
         with without_encoder_weights():
             _check_rebuilt(task, build_empty(lambda: type(task)(**hparams)))

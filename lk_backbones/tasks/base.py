@@ -26,6 +26,7 @@ from lk_backbones.tasks.encoder import EncoderSpec, enlarge_encoder, resolve_enc
 from lk_backbones.tasks.optim import (
     encoder_lr_scales,
     parameter_groups,
+    warmup_cosine_scheduler,
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
@@ -83,8 +84,9 @@ def saved_task(
     where = f"'{source}', hyper_parameters"
     if not isinstance(values, Mapping):
         raise WeightsError(f"{where}: there are none, so it does not say what model it is of; --model or --config can")
-    # a bare trainer does not note the class; only detectors number their categories
-    bare = "DetectionTask" if "category_ids" in values else "SegmentationTask"
+    # a bare trainer does not note the class; only detectors number their categories, only classifiers crop
+    told = {"category_ids": "DetectionTask", "crop_pct": "ClassificationTask"}
+    bare = next((name for key, name in told.items() if key in values), "SegmentationTask")
     known: Any = own_classes(tasks, BaseTask)
     found = find_class(cls or BaseTask, values.get("_class_path", bare), known, where, "--model")
     arguments = checked_arguments(found, values, where)
@@ -112,8 +114,8 @@ class BaseTask(L.LightningModule):
     in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``enlarge_kernels``, ``in_channels``,
     ``num_classes``, ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``,
     ``gradient_checkpointing``, ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``,
-    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; and, where the learning rate may drop
-    after some epochs instead of decaying, ``milestones`` and ``gamma``.
+    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; where the learning rate may drop after
+    some epochs instead of decaying, ``milestones`` and ``gamma``; and where it may follow a cosine, ``schedule``.
 
     Attributes:
         taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.
@@ -126,7 +128,7 @@ class BaseTask(L.LightningModule):
 
     @property
     def encoder(self) -> nn.Module:
-        """The smp encoder inside the network."""
+        """The encoder inside the network: smp's or, where the network is a whole timm model, that."""
         raise NotImplementedError
 
     @property
@@ -220,14 +222,12 @@ class BaseTask(L.LightningModule):
                 optimizer, steps, hparams.gamma, hparams.warmup_steps, hparams.warmup_ratio
             )
         else:
-            scheduler = warmup_poly_scheduler(
-                optimizer,
-                int(total_steps),
-                hparams.warmup_steps,
-                hparams.warmup_ratio,
-                hparams.power,
-                hparams.min_lr / hparams.lr,
-            )
+            lengths = int(total_steps), hparams.warmup_steps, hparams.warmup_ratio
+            least = hparams.min_lr / hparams.lr
+            if hparams.get("schedule") == "cosine":
+                scheduler = warmup_cosine_scheduler(optimizer, *lengths, least)
+            else:
+                scheduler = warmup_poly_scheduler(optimizer, *lengths, hparams.power, least)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- what callbacks ask -----------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def _checkpoint_gradients(encoder: nn.Module, spec: EncoderSpec) -> None:
         raise ValueError(
             f"gradient_checkpointing: '{spec.name}' is an encoder of smp's own, which cannot; use a 'tu-…' encoder"
         )
-    network: Any = encoder.model  # timm's feature extractor
+    network: Any = getattr(encoder, "model", encoder)  # timm's feature extractor, or a whole timm model
     stages = [m for m in network.modules() if m is not network and hasattr(m, "grad_checkpointing")]
     for stage in stages:
         stage.grad_checkpointing = True
@@ -387,7 +387,7 @@ def mean_and_std(encoder: nn.Module, spec: EncoderSpec, hparams: Any) -> tuple[l
     if spec.preprocessing:
         mean, std = spec.preprocessing["mean"], spec.preprocessing["std"]
     elif spec.is_timm:
-        config = getattr(encoder.model, "pretrained_cfg", None) or {}
+        config = getattr(getattr(encoder, "model", encoder), "pretrained_cfg", None) or {}
         mean, std = config.get("mean", mean), config.get("std", std)
     elif spec.weights is not None and hparams["mean"] is None:
         settings = smp.encoders.get_preprocessing_params(spec.name, spec.weights)

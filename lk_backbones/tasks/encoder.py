@@ -24,6 +24,7 @@ from lk_backbones.weights.arguments import check_architecture, check_buildable, 
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
 from lk_backbones.weights.saved import fits
+from lk_backbones.weights.report import LoadReport
 from lk_backbones.weights.sources import is_source, pull, pull_config
 
 __all__ = [
@@ -174,12 +175,15 @@ def _resolve_repository(source: str, weights: str | bool | None, kwargs: dict[st
     return spec
 
 
-def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> None:
-    """Load the weights that `resolve_encoder` found, after smp has built the encoder.
+def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> LoadReport | None:
+    """Load the weights that `resolve_encoder` found, after smp or timm has built the encoder.
 
     Args:
         encoder: The encoder.
         spec: What it was built from; gets ``preprocessing`` and the pinned ``saved`` arguments.
+
+    Returns:
+        What was loaded; ``None`` if there was nothing to load.
 
     Raises:
         WeightsError: If the weights cannot be had, or more than half of the encoder's tensors are not among them, or
@@ -187,7 +191,7 @@ def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> None:
             of the returned maps.
     """
     if spec.source is None:
-        return
+        return None
     weights = pull(spec.source)
     report = load_encoder(encoder, weights, spec.kwargs, mode="lenient")
     spec.preprocessing = weights.preprocessing
@@ -199,6 +203,7 @@ def load_encoder_weights(encoder: nn.Module, spec: EncoderSpec) -> None:
             f"'{report.source}' lacks {len(report.missing)} tensors of '{spec.name}', left random: "
             f"{report.missing[:5]} …"
         )
+    return report
 
 
 def check_enlargement(value: int | Mapping[str, Any] | None) -> None:

@@ -1,10 +1,11 @@
 """Parameter groups and the learning-rate schedule that every task shares.
 
 The published recipes (RepLKNet paper, section 4; OpenMMLab configurations): AdamW without weight decay on norms,
-learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay (segmentation) or into
-drops after some epochs (detection), per step.
+learning rates that shrink from the head down to the stem, linear warm-up into a polynomial decay (segmentation), into
+drops after some epochs (detection) or into a cosine (classification), per step.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from lk_backbones.tasks.encoder import timm_model, timm_names
 __all__ = [
     "encoder_lr_scales",
     "parameter_groups",
+    "warmup_cosine",
+    "warmup_cosine_scheduler",
     "warmup_poly",
     "warmup_poly_scheduler",
     "warmup_step_scheduler",
@@ -147,8 +150,11 @@ def warmup_poly(
         The factor.
     """
     decay = (1 - min_factor) * (1 - min(step, total_steps) / total_steps) ** power + min_factor
-    ramp = 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
-    return decay * ramp
+    return decay * _ramp(step, warmup_steps, warmup_ratio)
+
+
+def _ramp(step: int, warmup_steps: int, warmup_ratio: float) -> float:
+    return 1.0 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
 
 
 def warmup_poly_scheduler(
@@ -168,6 +174,45 @@ def warmup_poly_scheduler(
         warmup_steps=warmup_steps,
         warmup_ratio=warmup_ratio,
         power=power,
+        min_factor=min_factor,
+    )
+    return LambdaLR(optimizer, factor)
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, warmup_ratio: float, min_factor: float) -> float:
+    """Factor of the learning rate at a step: a linear ramp, then half a cosine over the rest of the training.
+
+    The schedule of ConvNeXt's ImageNet training, which RepLKNet, SLaK, PeLK and UniRepLKNet took over.
+
+    Args:
+        step: Optimiser steps taken so far.
+        total_steps: Optimiser steps of the whole training.
+        warmup_steps: Length of the warm-up.
+        warmup_ratio: Ramp at step 0.
+        min_factor: Factor at the end.
+
+    Returns:
+        The factor.
+    """
+    if step < warmup_steps:
+        return _ramp(step, warmup_steps, warmup_ratio)
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine_scheduler(
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    warmup_steps: int = 0,
+    warmup_ratio: float = 1e-6,
+    min_factor: float = 0.0,
+) -> LambdaLR:
+    """`warmup_cosine` as a scheduler, to be stepped after every optimiser step. Arguments as there."""
+    factor = partial(
+        warmup_cosine,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
         min_factor=min_factor,
     )
     return LambdaLR(optimizer, factor)

@@ -7,9 +7,13 @@ from typing import Any
 from lk_backbones.weights.arguments import check_architecture, check_model_arguments, plain_copy
 from lk_backbones.weights.errors import WeightsError, shorten
 
-__all__ = ["read_config"]
+__all__ = ["LARGEST_SIDE", "check_picture_settings", "read_config"]
 
 _LARGEST_FILE = 10_000_000  # bytes
+#: Longest side of pictures that a file may have them resized to: more is no model's, but fills any memory.
+LARGEST_SIDE = 2**15
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -44,6 +48,7 @@ def read_config(file: Path) -> dict[str, Any]:
             continue
         _check_type(config[key], dict, at(key))
         _check_preprocessing(config[key], at, key)
+    check_picture_settings(config.get("pretrained_cfg") or {}, f"'{file}': 'pretrained_cfg'")
     _check_type(config.get("pretrained_cfg", {}).get("tag"), str, at("pretrained_cfg", "tag"))
     own = config.get("_lk_backbones", {})
     for key, kind in {"class": str, "hyper_parameters": dict, "extra": bool}.items():
@@ -109,3 +114,40 @@ def _check_preprocessing(values: dict[str, Any], at: Any, *section: str) -> None
     mean, std = values.get("mean"), values.get("std")
     if mean is not None and std is not None and len(mean) != len(std):
         raise WeightsError(f"{at(*section, 'std')} has {len(std)} numbers, but 'mean' has {len(mean)}")
+
+
+def check_picture_settings(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check what a timm configuration says of the pictures that a model was evaluated on.
+
+    Args:
+        values: The configuration.
+        where: What to call it in the error.
+
+    Returns:
+        Those of its entries that say so, apart from mean and standard deviation.
+
+    Raises:
+        WeightsError: If one has an impossible value, with its name.
+    """
+    kinds: dict[str, tuple[Any, str]] = {
+        "input_size": (_is_size, f"channels, height and width, each from 1 to {LARGEST_SIDE}"),
+        "crop_pct": (_is_share, "a number above 0 and up to 1"),
+        "interpolation": (_INTERPOLATIONS.__contains__, f"one of {', '.join(_INTERPOLATIONS)}"),
+        "crop_mode": (_CROP_MODES.__contains__, f"one of {', '.join(_CROP_MODES)}"),
+    }
+    kinds |= {f"test_{key}": kinds[key] for key in ("input_size", "crop_pct")}
+    given = {key: values[key] for key in kinds if values.get(key) not in (None, "")}
+    for key, value in given.items():
+        fits, expected = kinds[key]
+        if not (isinstance(value, str | int | float | list | tuple) and fits(value)):
+            raise WeightsError(f"{where}['{key}'] must be {expected}, not {shorten(value)}")
+    return given
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) else ()
+    return len(sides) == 3 and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lk_backbones._printing import printable
 from lk_backbones._private.huggingface_hub import CACHED_NO_EXIST
 from lk_backbones.weights.catalogue import PublishedWeights, find_published, list_published
-from lk_backbones.weights.config import read_config
+from lk_backbones.weights.config import check_picture_settings, read_config
 from lk_backbones.weights.download import NOT_VERIFIED, HubFile, fetch_from_hub, fetch_url, hub_error, is_missing
 from lk_backbones.weights.errors import DownloadError, WeightsError, nearest, shorten
 from lk_backbones.weights.files import WEIGHT_SUFFIXES, read_checkpoint, sha256_of
@@ -74,11 +74,43 @@ class Weights:
 
     @property
     def preprocessing(self) -> dict[str, list[float]]:
-        """Mean and standard deviation that the weights expect, if ``config`` says so."""
+        """Mean and standard deviation that the weights expect, if ``config`` or a task's checkpoint says so."""
         own = self.config.get("_lk_backbones", {})
         places = (own, self.config, self.config.get("pretrained_cfg", {}))
         place = next((p for p in places if p.get("mean") and p.get("std")), None)
+        hparams = self.hyper_parameters
+        if place is None and all(_are_numbers(hparams.get(key)) for key in ("mean", "std")) and all(hparams["std"]):
+            place = hparams
         return {} if place is None else {key: [float(v) for v in place[key]] for key in ("mean", "std")}
+
+    @property
+    def picture_settings(self) -> dict[str, Any]:
+        """What ``config``, a classifier's checkpoint or timm says of the pictures that the weights were evaluated on.
+
+        Entries of a timm configuration: ``input_size``, ``crop_pct``, ``interpolation``, ``crop_mode`` and, where the
+        test differs, ``test_input_size`` and ``test_crop_pct``.
+
+        Raises:
+            WeightsError: If one has an impossible value.
+        """
+        values, where = self.config.get("pretrained_cfg") or {}, f"'{self.source}'"
+        hparams = self.hyper_parameters
+        if not values and hparams.get("crop_pct") is not None:
+            values = {key: hparams[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in hparams}
+            for key, name in (("train_size", "input_size"), ("input_size", "test_input_size")):
+                size = hparams.get(key)
+                if size is not None:
+                    values[name] = [3, *size] if isinstance(size, list | tuple) else [3, size, size]
+            where += ", hyper_parameters"
+        elif not values and self.published is not None:
+            known = timm.is_model(self.published.name) and timm.get_pretrained_cfg(self.published.name)
+            values = known.to_dict() if known else {}
+        return check_picture_settings(values, where)
+
+
+def _are_numbers(value: Any) -> bool:
+    """Return whether a value of a checkpoint, which may be any program's, is a list of numbers from 0."""
+    return isinstance(value, list | tuple) and bool(value) and all(type(v) is float and 0 <= v < 1e6 for v in value)
 
 
 def default_namespace() -> str | None:

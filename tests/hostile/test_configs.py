@@ -14,7 +14,7 @@ import timm
 import torch
 
 from lk_backbones import hub as lk_hub
-from lk_backbones.tasks import DetectionTask, SegmentationTask
+from lk_backbones.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from lk_backbones.tasks.base import without_encoder_weights
 from lk_backbones.weights import WeightsError
 from tests.hostile.conftest import Refused
@@ -196,7 +196,7 @@ def test_a_repository_in_place_of_an_encoder_is_not_fetched(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("task", [SegmentationTask, DetectionTask])
+@pytest.mark.parametrize("task", [ClassificationTask, DetectionTask, SegmentationTask])
 @pytest.mark.parametrize("kwargs", [{"pretrained_cfg_overlay": {"file": "x.pth"}}, {"checkpoint_path": "x.pth"}])
 def test_a_task_names_what_would_be_right(task: Any, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"encoder_kwargs: '{next(iter(kwargs))}'.*encoder_weights takes a file"):

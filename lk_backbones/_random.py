@@ -1,0 +1,31 @@
+"""Chance that depends on one seed, whichever generator a library draws from."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["seeded"]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let the global generators of Python, NumPy and torch's CPU begin with a seed, and go on as before afterwards.
+
+    timm's and torchvision's augmentations draw from all three. Generators of accelerators are left alone.
+
+    Args:
+        seed: The seed, at least 0.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed accelerators too
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
