@@ -97,6 +97,8 @@ class ClassificationTask(BaseTask):
         min_lr: Learning rate at the end (of parameters with scale 1).
         freeze_encoder: Train only the classifier; batch norms are frozen too.
         gradient_checkpointing: Recompute the encoder's blocks in the backward pass, to save memory.
+        enlarge_kernels: Enlarge the encoder's depthwise kernels to this odd size once its weights are loaded, see
+            `lk_backbones.enlarge_kernels`; or its keyword arguments, such as ``{"kernel_size": 31, "stages": [2]}``.
 
     Raises:
         ValueError: If a name, weight or combination of arguments is impossible; the message says what would be right.
@@ -141,6 +143,7 @@ class ClassificationTask(BaseTask):
         min_lr: float = 0.0,
         freeze_encoder: bool = False,
         gradient_checkpointing: bool = False,
+        enlarge_kernels: int | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

@@ -19,7 +19,7 @@ from lk_backbones import enlarge_kernels, hub, prepack_weights, reparameterize
 from lk_backbones.cli import main
 from lk_backbones.layers import EnlargedConv2d
 from lk_backbones.layers.enlarge import enlarged_parameters, original_name
-from lk_backbones.tasks import BaseTask, DetectionTask, SegmentationTask
+from lk_backbones.tasks import BaseTask, ClassificationTask, DetectionTask, SegmentationTask
 from lk_backbones.tasks.encoder import timm_model, timm_names
 from lk_backbones.tasks.optim import encoder_lr_scales
 from lk_backbones.weights import WeightMismatchError, WeightsError
@@ -61,6 +61,20 @@ def save(task: BaseTask, file: Path) -> Path:
     saver.strategy.connect(task)
     saver.save_checkpoint(file)
     return file
+
+
+def test_a_classifier_starts_as_it_was_and_its_checkpoint_alone_rebuilds(tmp_path: Path) -> None:
+    args: dict[str, Any] = {"encoder_kwargs": {"ls_init_value": None}, "num_classes": 4}
+    torch.manual_seed(0)
+    plain = ClassificationTask("tu-convnext_atto", **args).eval()
+    torch.manual_seed(0)
+    task = ClassificationTask("tu-convnext_atto", **args, enlarge_kernels=KERNELS).eval()
+    assert len(enlarged(task)) == 8
+    image = torch.rand(1, 3, 64, 64)
+    assert_golden(task(image), plain(image))
+    rebuilt = ClassificationTask.load_from_checkpoint(save(fill(task), tmp_path / "a.ckpt")).eval()
+    assert not torch.allclose(task(image), plain(image))
+    assert torch.equal(rebuilt(image), task(image))
 
 
 @pytest.mark.parametrize("build", [segmentation, detection])
