@@ -24,8 +24,8 @@ def restore_conv2d(model: ModuleType) -> ModuleType:
     stay the same, but large kernels are then as slow as PyTorch computes them.
 
     Subclasses of our layers are left alone, as their forward may differ: a `PeripheralDepthwiseConv2d`, whose taps
-    share weights, becomes a plain convolution by `lk_backbones.reparameterize`. A `PackedConv2d` or `PackedLinear` with an
-    activation of its own, which only code outside this package makes, becomes ``nn.Sequential(layer, activation)``,
+    share weights, becomes a plain convolution by `lk_backbones.reparameterize`. A `PackedConv2d` or `PackedLinear` with
+    an activation of its own, which only code outside this package makes, becomes ``nn.Sequential(layer, activation)``,
     which puts ``0.`` into the names of its parameters.
 
     Args:
