@@ -35,8 +35,8 @@ class ClassificationMetrics(Metric):
         for name in ("hits", "counts"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("top5_hits", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        size = num_classes if self.has_matrix else 0
-        self.add_state("matrix", torch.zeros(size, size, dtype=torch.long), dist_reduce_fx="sum")
+        if self.has_matrix:
+            self.add_state("matrix", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, best: torch.Tensor, label: torch.Tensor) -> None:
         """Add a batch.
@@ -68,5 +68,5 @@ class ClassificationMetrics(Metric):
             "top1": hits.sum() / counts.sum(),
             "top5": self.top5_hits.cpu().double() / counts.sum(),
             "per_class": hits / counts,
-            "confusion": self.matrix.cpu(),
+            "confusion": self.matrix.cpu() if self.has_matrix else torch.zeros(0, 0, dtype=torch.long),
         }
