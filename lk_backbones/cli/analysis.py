@@ -112,7 +112,7 @@ def _run_erf(arguments: argparse.Namespace) -> None:
             np.save(file, field.contribution)
     _write_text(folder / "erf.json", json.dumps(_as_json(measured, series, size), indent=2) + "\n")
     _console().print(_erf_table(measured, caption))
-    print(printable(f"written: {folder / 'erf.png'}, {folder / 'erf.json'} and {len(matrices)} matrices (.npy)"))
+    print(printable(f"written: {folder / 'erf.png'}, {folder / 'erf.json'} and the matrices ({folder / '*.npy'})"))
 
 
 def _weights(named: NamedModel) -> str:
@@ -241,7 +241,7 @@ def _run_shape_bias(arguments: argparse.Namespace) -> None:
     caption = f"{int(results[0][1].counts.sum())} pictures of {arguments.pictures}"
     save_png(analysis.draw_shape_bias(results, caption), folder / "shape_bias.png")
     _console().print(_shape_bias_table(measured, caption))
-    print(printable(f"written: {folder / 'shape_bias.png'} and {len(tables)} tables of decisions (.csv)"))
+    print(printable(f"written: {folder / 'shape_bias.png'} and the decisions ({folder / '*.csv'})"))
 
 
 def _class_names(text: str | None) -> list[str] | None:
