@@ -103,10 +103,8 @@ def _run_erf(arguments: argparse.Namespace) -> None:
         measured.append((named, field))
     caption = f"{series.description}, {size[0]} x {size[1]}" + (", magnitudes (no ReLU)" if arguments.no_relu else "")
     panels = [(named.name, field.matrix, [_weights(named), *ratio_lines(field.ratios)]) for named, field in measured]
-    save_png(
-        draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum"),
-        folder / "erf.png",
-    )
+    figure = draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum", power=arguments.power)
+    save_png(figure, folder / "erf.png")
     for path, (_, field) in zip(matrices, measured, strict=True):
         with write_atomically(path) as file:
             np.save(file, field.contribution)
@@ -301,6 +299,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return number
 
 
