@@ -67,6 +67,9 @@ def erf(args: Sequence[str]) -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, slower by a third to a half (timm models)"
     )
+    parser.add_argument(
+        "--power", type=_share, default=1.0, help="colours of the values to this power; 0.25 shows what is faint"
+    )
     _add_common(parser, "erf")
     _run_erf(parser.parse_args(args))
 
