@@ -67,6 +67,9 @@ def erf(args: Sequence[str]) -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, slower by a third to a half (timm models)"
     )
+    parser.add_argument(
+        "--power", type=_share, default=1.0, help="colours of the values to this power; 0.25 shows what is faint"
+    )
     _add_common(parser, "erf")
     _run_erf(parser.parse_args(args))
 
@@ -103,16 +106,14 @@ def _run_erf(arguments: argparse.Namespace) -> None:
         measured.append((named, field))
     caption = f"{series.description}, {size[0]} x {size[1]}" + (", magnitudes (no ReLU)" if arguments.no_relu else "")
     panels = [(named.name, field.matrix, [_weights(named), *ratio_lines(field.ratios)]) for named, field in measured]
-    save_png(
-        draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum"),
-        folder / "erf.png",
-    )
+    figure = draw_heat_maps(panels, caption, "log10(1 + contribution) / its maximum", power=arguments.power)
+    save_png(figure, folder / "erf.png")
     for path, (_, field) in zip(matrices, measured, strict=True):
         with write_atomically(path) as file:
             np.save(file, field.contribution)
     _write_text(folder / "erf.json", json.dumps(_as_json(measured, series, size), indent=2) + "\n")
     _console().print(_erf_table(measured, caption))
-    print(printable(f"written: {folder / 'erf.png'}, {folder / 'erf.json'} and {len(matrices)} matrices (.npy)"))
+    print(printable(f"written: {folder / 'erf.png'}, {folder / 'erf.json'} and the matrices ({folder / '*.npy'})"))
 
 
 def _weights(named: NamedModel) -> str:
@@ -241,7 +242,7 @@ def _run_shape_bias(arguments: argparse.Namespace) -> None:
     caption = f"{int(results[0][1].counts.sum())} pictures of {arguments.pictures}"
     save_png(analysis.draw_shape_bias(results, caption), folder / "shape_bias.png")
     _console().print(_shape_bias_table(measured, caption))
-    print(printable(f"written: {folder / 'shape_bias.png'} and {len(tables)} tables of decisions (.csv)"))
+    print(printable(f"written: {folder / 'shape_bias.png'} and the decisions ({folder / '*.csv'})"))
 
 
 def _class_names(text: str | None) -> list[str] | None:
@@ -301,6 +302,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return number
 
 

@@ -19,18 +19,20 @@ _BAR, _NOTE_SIZE, _NOTE_LINE = 14, 13, 18
 _GREY = (95, 99, 104)
 
 
-def heat_map(matrix: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image:
+def heat_map(matrix: np.ndarray, size: tuple[int, int] | None = None, power: float = 1.0) -> Image.Image:
     """Turn a matrix into a picture: 0 is black, 1 light yellow, what is no number is grey.
 
     Args:
         matrix: ``(H, W)`` in [0, 1].
         size: Width and height of the picture. Smaller ones show averages, larger ones every element as a rectangle.
+        power: Colours are of the values to this power: one below 1 shows what is faint.
     """
     values = np.asarray(matrix, dtype=np.float32)
     if size is not None and size != values.shape[::-1]:
         smaller = size[0] < values.shape[1] and size[1] < values.shape[0]
         method = Image.Resampling.BOX if smaller else Image.Resampling.NEAREST
         values = np.asarray(Image.fromarray(values).resize(size, method))
+    values = np.clip(values, 0, 1) ** power
     places = np.linspace(0, 1, len(_COLORS))
     channels = [np.interp(values, places, [color[i] for color in _COLORS]) for i in range(3)]
     pixels = np.where(np.isfinite(values)[..., None], np.stack(channels, axis=-1), 128)
@@ -43,6 +45,7 @@ def draw_heat_maps(
     scale_title: str = "",
     side: int = 280,
     columns: int = 4,
+    power: float = 1.0,
 ) -> Image.Image:
     """Put heat maps side by side, in rows, under their titles, with one colour bar from 0 to 1 for all.
 
@@ -52,6 +55,7 @@ def draw_heat_maps(
         scale_title: What the colours stand for, below the bar.
         side: Longer side of each heat map in pixels.
         columns: Heat maps per row.
+        power: As in `heat_map`; the bar's numbers are of the values themselves.
 
     Returns:
         The figure.
@@ -74,13 +78,13 @@ def draw_heat_maps(
         row, column = divmod(i, columns)
         left, top = MARGIN + column * (width + MARGIN), MARGIN + row * cell
         draw.text((left, top), shorten_to_width(title, width, FONT_SIZE), fill=INK, font=font)
-        picture = heat_map(matrix, sizes[i])
+        picture = heat_map(matrix, sizes[i], power)
         figure.paste(picture, (left, top + LINE))
         draw.rectangle((left - 1, top + LINE - 1, left + picture.width, top + LINE + picture.height), outline=FAINT)
         for j, line in enumerate(lines):
             y = top + LINE + picture.height + 6 + j * _NOTE_LINE
             draw.text((left, y), shorten_to_width(line, width, _NOTE_SIZE), fill=_GREY, font=note_font)
-    _draw_bar(figure, draw, bar_top)
+    _draw_bar(figure, draw, bar_top, power)
     for j, text in enumerate(under):
         place = (MARGIN, bar_top + _BAR + _NOTE_LINE + 4 + j * _NOTE_LINE)
         draw.text(place, shorten_to_width(text, total_width - 2 * MARGIN, _NOTE_SIZE), fill=_GREY, font=note_font)
@@ -93,12 +97,12 @@ def ratio_lines(ratios: Mapping[float, float]) -> list[str]:
     return [",  ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
 
 
-def _draw_bar(figure: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> None:
+def _draw_bar(figure: Image.Image, draw: ImageDraw.ImageDraw, top: int, power: float) -> None:
     font = ImageFont.load_default(_NOTE_SIZE)
     width = min(figure.width - 2 * MARGIN, 280)
     figure.paste(heat_map(np.linspace(0, 1, width)[None].repeat(_BAR, 0)), (MARGIN, top))
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        text, x = f"{tick:g}", MARGIN + round(tick * (width - 1))
+        text, x = f"{tick ** (1 / power):.2g}", MARGIN + round(tick * (width - 1))
         draw.line((x, top + _BAR, x, top + _BAR + 3), fill=INK)
         length = font.getlength(text)
         place = min(max(x - length / 2, MARGIN), MARGIN + width - length)

@@ -100,7 +100,7 @@ def test_pictures_of_a_folder_and_nothing_written_over(folder: Path, capsys: pyt
     error = refused(capsys, "erf", "resnet10t", *SMALL, "--noise")
     assert "erf/erf.png and 2 more exists: choose another folder with --to, or add --overwrite" in error
     assert (folder / "erf" / "erf.json").read_bytes() == before
-    main(["erf", "resnet10t", *SMALL, "--noise", "--overwrite"])
+    main(["erf", "resnet10t", *SMALL, "--noise", "--overwrite", "--power", "0.5"])
     assert "noise" in (folder / "erf" / "erf.json").read_text()
 
 
@@ -126,6 +126,7 @@ def test_pictures_of_a_folder_and_nothing_written_over(folder: Path, capsys: pyt
         (["resnet10t", "--size", "1000000"], "GiB are free: images of"),
         (["resnet10t", "--size", "big"], "--size: invalid _size value: 'big'"),
         (["resnet10t", "--num", "0"], "0 must be positive"),
+        (["resnet10t", "--power", "2"], "2 must be above 0 and at most 1"),
         (["resnet10t", "--device", "abacus"], "--device abacus"),
         (["[red]\x1b[31mx"], r"'[red]\x1b[31mx'"),
     ],

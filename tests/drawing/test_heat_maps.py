@@ -15,6 +15,7 @@ def test_more_is_lighter() -> None:
     assert (np.diff(lightness) > 0).all()
     assert colors[0].tolist() == [0, 0, 4]
     assert colors[-1].tolist() == [252, 255, 164]
+    assert np.asarray(heat_map(np.array([[0.0625]]), power=0.25)).tolist() == [[[188, 55, 84]]]  # as 0.5
     assert np.asarray(heat_map(np.array([[np.nan]]))).tolist() == [[[128, 128, 128]]]
 
 
