@@ -6,8 +6,8 @@ from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
 from lk_backbones.callbacks.receptive_field import ReceptiveField
-from lk_backbones.callbacks.sparsity import DynamicSparsity
 from lk_backbones.callbacks.shape_bias import ShapeBias
+from lk_backbones.callbacks.sparsity import DynamicSparsity
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
 from lk_backbones.tasks.base import BaseTask, without_encoder_weights

@@ -114,8 +114,8 @@ class BaseTask(L.LightningModule):
     in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``enlarge_kernels``, ``in_channels``,
     ``num_classes``, ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``,
     ``gradient_checkpointing``, ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``,
-    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; where the learning rate may drop after
-    some epochs instead of decaying, ``milestones`` and ``gamma``; and where it may follow a cosine, ``schedule``.
+    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; where the learning rate may drop
+    after some epochs instead of decaying, ``milestones`` and ``gamma``; and where it may follow a cosine, ``schedule``.
 
     Attributes:
         taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.

@@ -23,8 +23,8 @@ from lk_backbones.layers.enlarge import check_kernel_sizes, enlarge_kernels, pla
 from lk_backbones.weights.arguments import check_architecture, check_buildable, weight_arguments
 from lk_backbones.weights.catalogue import find_published, list_published
 from lk_backbones.weights.errors import nearest
-from lk_backbones.weights.saved import fits
 from lk_backbones.weights.report import LoadReport
+from lk_backbones.weights.saved import fits
 from lk_backbones.weights.sources import is_source, pull, pull_config
 
 __all__ = [

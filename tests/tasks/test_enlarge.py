@@ -64,7 +64,7 @@ def save(task: BaseTask, file: Path) -> Path:
 
 
 def test_a_classifier_starts_as_it_was_and_its_checkpoint_alone_rebuilds(tmp_path: Path) -> None:
-    args: dict[str, Any] = {"encoder_kwargs": {"ls_init_value": None}, "num_classes": 4}
+    args: dict[str, Any] = {"encoder_kwargs": {"ls_init_value": 1.0}, "num_classes": 4}
     torch.manual_seed(0)
     plain = ClassificationTask("tu-convnext_atto", **args).eval()
     torch.manual_seed(0)
