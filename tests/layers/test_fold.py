@@ -14,6 +14,7 @@ from lk_backbones.layers import (
     fold_norm_into_previous,
     fold_scale_into_previous,
     fold_shift_into_next,
+    fold_shift_into_previous,
     is_foldable,
     merge_kernels,
 )
@@ -184,3 +185,19 @@ def test_merged_kernels_keep_the_sum_and_the_first_of_equals() -> None:
     left = merge_kernels(convs)
     assert [convs.index(layer) for layer in left] == [1, 2, 5]  # the last reaches over 17 pixels
     torch.testing.assert_close(sum(layer(x) for layer in left), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_shift_after_a_layer(bias: bool) -> None:
+    torch.manual_seed(0)
+    shift = torch.randn(6, dtype=torch.float64)
+    for layer, x in (
+        (nn.Conv2d(4, 6, 3, padding=1, bias=bias), torch.randn(2, 4, 9, 9)),
+        (nn.Linear(4, 6, bias=bias), torch.randn(2, 4)),
+    ):
+        layer, x = layer.double(), x.double()
+        expected = layer(x) + shift.view(-1, *[1] * (x.dim() - 2))
+        fold_shift_into_previous(layer, shift)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+        with pytest.raises(ValueError, match="a shift of 5 channels does not follow"):
+            fold_shift_into_previous(layer, shift[:5])
