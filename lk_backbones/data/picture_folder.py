@@ -23,10 +23,7 @@ from lk_backbones.data.sampling import SampleKey, default_pin_memory, evaluation
 from lk_backbones.data.segmentation import FileSegmentationDataset, collate
 from lk_backbones.data.transforms import eval_transform
 from lk_backbones.weights.errors import WeightsError, shorten
-from lk_backbones.weights.saved import read_training_checkpoint
-
-#: Longest side that a checkpoint may have pictures resized to: more is no model's, but fills any memory.
-_LARGEST_SIDE = 2**15
+from lk_backbones.weights.saved import LARGEST_SIDE, read_training_checkpoint
 
 
 class _Pictures(FileSegmentationDataset):
@@ -177,9 +174,9 @@ def evaluation_arguments(checkpoint: Mapping[str, Any], source: object) -> dict[
     if size is None:
         return {}
     sides = size if isinstance(size, list | tuple) else ()
-    if len(sides) != 2 or not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise WeightsError(
             f"'{source}', datamodule_hyper_parameters: test_size must be two lengths in pixels, from 1 to "
-            f"{_LARGEST_SIDE}, got {shorten(size)}"
+            f"{LARGEST_SIDE}, got {shorten(size)}"
         )
     return {"test_size": (sides[0], sides[1])}
