@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,7 @@ class _Saved:
         cls: The class.
         arguments: Its arguments in the checkpoint, checked.
         where: What to call them in messages.
+        make: Builds an object of the class from them, as `build_saved` does.
         given: Names of the arguments that flags give.
     """
 
@@ -223,6 +225,7 @@ class _Saved:
     cls: type
     arguments: dict[str, Any]
     where: str
+    make: Callable[..., Any] = build_saved
     given: set[str] = field(default_factory=set)
 
     def factory(self, args: Sequence[str]) -> Callable[..., Any]:
@@ -236,7 +239,7 @@ class _Saved:
 
         def build(**flags: Any) -> Any:
             given = {name: self._extended(name, value, args) for name, value in flags.items() if name in self.given}
-            return build_saved(self.cls, self.arguments, self.where, **given)
+            return self.make(self.cls, self.arguments, self.where, **given)
 
         parameters = [
             parameter.replace(annotation=parameter.annotation | None, default=None)
@@ -308,13 +311,14 @@ def _from_checkpoint(args: list[str], checkpoint: dict[str, Any] | None) -> dict
         ValueError: If it is not of one of our tasks or data modules.
     """
     from lk_backbones.data.datamodule import saved_data
-    from lk_backbones.tasks.base import saved_task
+    from lk_backbones.tasks.base import build_saved_task, saved_task
 
     if checkpoint is None:
         return {}
     path, saved = _option(args, "--ckpt_path"), {}
     if "model" in _left_open(args):
-        saved["model"] = _Saved("model", *saved_task(checkpoint, path))
+        weights = [*checkpoint["state_dict"].values()]
+        saved["model"] = _Saved("model", *saved_task(checkpoint, path), partial(build_saved_task, tensors=weights))
     if "data" in _left_open(args):
         saved["data"] = _Saved("data", *saved_data(checkpoint, path))
     return saved

@@ -171,7 +171,7 @@ def _adapt_input(full: Any, own: dict[str, torch.Tensor], state: dict[str, torch
         if name not in state or name not in own or state[name].shape == own[name].shape:
             continue
         given, wanted = state[name].shape, own[name].shape
-        if given[1] == 3 and given[2:] == wanted[2:] and given[0] == wanted[0]:
+        if len(given) == 4 and given[1] == 3 and given[2:] == wanted[2:] and given[0] == wanted[0]:
             state[name] = adapt_input_conv(wanted[1], state[name])
             report.adapted.append(f"{conv}: from 3 to {wanted[1]} input channels")
 
@@ -279,10 +279,10 @@ def build_pretrained(
     mark = {} if weights is None else {"state_dict": {"from": weights.source}, "source": None}
 
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-        if weights is None:
-            return translate(state_dict, model, model)
-        renamed = translate(weights.state_dict, model, model)
-        check_values(renamed, model.state_dict(), f"'{weights.source}'")
+        renamed = translate(state_dict if weights is None else weights.state_dict, model, model)
+        source = f"what '{variant}' is given" if weights is None else f"'{weights.source}'"
+        tensors = {key: value for key, value in renamed.items() if isinstance(value, torch.Tensor)}
+        check_values(tensors, model.state_dict(), source)
         return renamed
 
     model: Any = build_model_with_cfg(

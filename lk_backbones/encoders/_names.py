@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from importlib import import_module
+from itertools import islice
 from typing import Any, TypeVar
 
 import timm
@@ -39,6 +40,8 @@ T = TypeVar("T", bound=nn.Module)
 
 # Arguments of timm.create_model that choose what is returned of a model, not what the model is.
 _VIEW = ("features_only", "out_indices", "feature_cls", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+# So many copies of an encoder a model may hold, such as a student, its average and its teacher.
+_MOST_COPIES = 100
 
 
 # ---- the translation ----
@@ -114,7 +117,8 @@ def _prefix(state: Mapping[str, Any], own: list[str]) -> str:
     flat, unflat = [key.replace(".", "_", 1) for key in bare], [key.replace("_", ".", 1) for key in bare]
     for names in (own, bare, flat, unflat):
         # none first: what is around it may hold a copy of it, such as a teacher
-        for candidate in ["", *(key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}"))]:
+        found = (key.removesuffix(names[0]) for key in state if key.endswith(f".{names[0]}"))
+        for candidate in ["", *islice(found, _MOST_COPIES)]:
             if 2 * sum(candidate + name in state for name in names) > len(names):
                 return candidate
     # in the published naming, which resembles none of ours

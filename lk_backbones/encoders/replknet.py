@@ -533,6 +533,9 @@ def _unfold_merged(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dic
         if f"{prefix}.large.conv.{kind}" in target or kind == "weight":
             out[f"{prefix}.large.conv.{kind}"] = value
             continue
+        if f"{prefix}.large.bn.bias" not in target:  # of a block that the model does not have
+            out[key] = value
+            continue
         eps = cast(nn.BatchNorm2d, model.get_submodule(f"{prefix}.large.bn")).eps
         for branch in ("large", "small"):
             for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):

@@ -621,11 +621,12 @@ def _unfold_deployed(state_dict: dict[str, torch.Tensor], model: nn.Module) -> d
 
     A model with branches and norms gets the same function: norms that only add a bias, and branches that add zero.
     """
-    target = model.state_dict()
+    target, modules = model.state_dict(), dict(model.named_modules())
     out = dict(state_dict)
     for key in state_dict:
         block, found, _ = key.partition(".pw2.conv.bias")
-        if not found or key in target or not is_foldable(model.get_submodule(f"{block}.pw2.bn")):
+        norm = modules.get(f"{block}.pw2.bn")
+        if not found or key in target or norm is None or not is_foldable(norm):
             continue
         dtype = state_dict[key].dtype
         for name, tensor in target.items():
@@ -640,8 +641,8 @@ def _unfold_deployed(state_dict: dict[str, torch.Tensor], model: nn.Module) -> d
         out[f"{block}.pw2.bn.bias"] = out.pop(key)
         depthwise = f"{block}.dwconv.branches.0"
         if f"{depthwise}.conv.bias" in out:
-            norm = f"{depthwise}.bn" if f"{depthwise}.bn.bias" in target else f"{block}.norm"
-            out[f"{norm}.bias"] = out.pop(f"{depthwise}.conv.bias")
+            into = f"{depthwise}.bn" if f"{depthwise}.bn.bias" in target else f"{block}.norm"
+            out[f"{into}.bias"] = out.pop(f"{depthwise}.conv.bias")
     return out
 
 

@@ -9,18 +9,17 @@ from torch import nn
 
 from lk_backbones.encoders._loading import fitting_arguments, fitting_encoders
 from lk_backbones.tasks import DetectionTask, SegmentationTask
-from lk_backbones.tasks.base import BaseTask, saved_task, without_encoder_weights
+from lk_backbones.tasks.base import BaseTask, build_saved_task, saved_task
 from lk_backbones.weights.arguments import (
     check_architecture,
-    check_buildable,
     check_model_arguments,
+    check_size,
     not_buildable,
     weight_arguments,
 )
 from lk_backbones.weights.catalogue import identify_published, list_published
 from lk_backbones.weights.errors import WeightsError, shorten
 from lk_backbones.weights.openmmlab import detector_arguments, is_dense_model, upernet_arguments
-from lk_backbones.weights.saved import build_saved
 from lk_backbones.weights.sources import Weights
 
 __all__ = ["build_model"]
@@ -75,20 +74,13 @@ def _build(make: Callable[[], Any], weights: Weights) -> Any:
 
 
 def _check_size(make: Callable[[], Any], weights: Weights) -> None:
-    tensors = [*weights.state_dict.values(), *weights.extra.values()]
-    numbers = sum(tensor.numel() for tensor in tensors)
-    check_buildable(make, f"'{weights.source}'", 2 * numbers + 10_000_000, 2 * len(tensors) + 10_000)
+    check_size(make, [*weights.state_dict.values(), *weights.extra.values()], f"'{weights.source}'")
 
 
 def _task(hyper_parameters: Any, weights: Weights) -> BaseTask:
     task_class: type[BaseTask]
     task_class, arguments, where = saved_task({"hyper_parameters": hyper_parameters}, weights.source)
-
-    def make() -> BaseTask:
-        with without_encoder_weights():
-            return build_saved(task_class, arguments, where)
-
-    return _build(make, weights)
+    return build_saved_task(task_class, arguments, where, [*weights.state_dict.values(), *weights.extra.values()])
 
 
 def _smp_model(weights: Weights) -> nn.Module:

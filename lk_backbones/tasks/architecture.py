@@ -9,6 +9,7 @@ import segmentation_models_pytorch as smp
 from lk_backbones.heads import FCNHead
 from lk_backbones.tasks.arguments import check_shared_arguments
 from lk_backbones.tasks.encoder import EncoderSpec, load_encoder_weights, nearest
+from lk_backbones.weights.errors import shorten
 
 __all__ = ["AUXILIARY_LEVEL", "build_auxiliary_head", "build_model", "check_arguments"]
 
@@ -16,6 +17,10 @@ __all__ = ["AUXILIARY_LEVEL", "build_auxiliary_head", "build_model", "check_argu
 AUXILIARY_LEVEL = 4
 # Set by arguments of the task, or meaningless in it.
 _RESERVED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params")
+
+
+# A picture is copied at every scale: a checkpoint could ask for any amount of memory. The papers go up to 1.75.
+_LARGEST_SCALE, _MOST_SCALES = 8, 32
 
 
 def check_arguments(hparams: Any) -> None:
@@ -35,8 +40,11 @@ def check_arguments(hparams: Any) -> None:
     crop, stride = hparams["slide_crop"], hparams["slide_stride"]
     if not all(0 < s <= c for s, c in zip(stride, crop, strict=True)):
         raise ValueError(f"slide_stride={tuple(stride)} must be positive and at most slide_crop={tuple(crop)}")
-    if not all(scale > 0 for scale in hparams["tta_scales"] or [1.0]):
-        raise ValueError(f"tta_scales={hparams['tta_scales']} must be positive")
+    scales = hparams["tta_scales"] or []
+    if not all(0 < scale <= _LARGEST_SCALE for scale in scales) or len(scales) > _MOST_SCALES:
+        raise ValueError(
+            f"tta_scales={shorten(scales)} must be positive, at most {_LARGEST_SCALE} each and at most {_MOST_SCALES}"
+        )
 
 
 def build_model(

@@ -1,8 +1,10 @@
 """What the arguments may be that every task has."""
 
+from collections import Counter
 from typing import Any
 
 from lk_backbones.tasks.encoder import check_enlargement
+from lk_backbones.weights.errors import shorten
 from lk_backbones.weights.saved import require_finite
 
 __all__ = ["check_shared_arguments"]
@@ -27,9 +29,9 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
         values = hparams[key]
         if values is not None and len(values) != num_classes:
             raise ValueError(f"{key} has {len(values)} entries, but num_classes={num_classes}")
-    names = hparams["class_names"] or []
-    if len(set(names)) != len(names):
-        raise ValueError(f"class_names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
+    twice = sorted(name for name, count in Counter(hparams["class_names"] or []).items() if count > 1)
+    if twice:
+        raise ValueError(f"class_names must differ, got {shorten(twice)} twice")
     check_enlargement(hparams.get("enlarge_kernels"))
     for key in ("lr", "layer_decay"):
         if hparams[key] <= 0:

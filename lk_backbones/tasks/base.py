@@ -1,6 +1,6 @@
 """What every task shares: encoder arguments, normalisation, optimiser and schedule, safe checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,6 +30,7 @@ from lk_backbones.tasks.optim import (
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
+from lk_backbones.weights.arguments import check_size
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
 from lk_backbones.weights.report import check_values
 from lk_backbones.weights.saved import (
@@ -41,7 +42,7 @@ from lk_backbones.weights.saved import (
     require_finite,
 )
 
-__all__ = ["BaseTask", "mean_and_std", "saved_task", "without_encoder_weights"]
+__all__ = ["BaseTask", "build_saved_task", "mean_and_std", "saved_task", "without_encoder_weights"]
 
 TaskT = TypeVar("TaskT", bound="BaseTask")
 
@@ -96,6 +97,34 @@ def saved_task(
             f"from; a task writes the architecture's name instead"
         )
     return found, arguments, where
+
+
+def build_saved_task(
+    cls: "type[TaskT]", arguments: Mapping[str, Any], where: str, tensors: Iterable[Any], **given: Any
+) -> "TaskT":
+    """Build a task from what `saved_task` returned, unless it outgrows the weights that it is to take.
+
+    Args:
+        cls: The class.
+        arguments: Its keyword arguments in a file.
+        where: What to call the file and the place in it in messages.
+        tensors: The weights.
+        **given: Arguments that the user gives instead.
+
+    Returns:
+        The task, whose weights are still to be loaded; those that its encoder started from are not fetched.
+
+    Raises:
+        WeightsError: If it cannot be built, or is far larger than the weights.
+        FileNotFoundError: If the constructor misses a file.
+    """
+
+    def make() -> TaskT:
+        with without_encoder_weights():
+            return build_saved(cls, arguments, where, **given)
+
+    check_size(make, tensors, where)
+    return make()
 
 
 def _saved_device(storage: Any, location: str) -> Any:
@@ -319,10 +348,9 @@ class BaseTask(L.LightningModule):
         if hparams_file is not None:
             checkpoint["hyper_parameters"] = load_hparams_from_yaml(hparams_file, use_omegaconf=False)
         task_class, arguments, where = saved_task(checkpoint, checkpoint_path, cls)
-        with without_encoder_weights():
-            task = build_saved(task_class, arguments, where, **kwargs)
-        task.on_load_checkpoint(checkpoint)
         weights = checkpoint["state_dict"]
+        task = build_saved_task(task_class, arguments, where, weights.values(), **kwargs)
+        task.on_load_checkpoint(checkpoint)
         try:
             task.load_state_dict(weights, strict=task.strict_loading if strict is None else strict)
         except WeightsError as error:

@@ -20,6 +20,7 @@ __all__ = [
     "check_architecture",
     "check_buildable",
     "check_model_arguments",
+    "check_size",
     "not_buildable",
     "plain_copy",
     "weight_arguments",
@@ -150,6 +151,10 @@ def check_architecture(name: Any, where: str) -> str:
     return name
 
 
+# Numbers beside the parameters: two confusion matrices of 5000 classes are half of it.
+_MOST_STATES = 100_000_000
+
+
 def check_buildable(
     make: Callable[[], Any], where: str, most_numbers: float = 4e9, most_tensors: float = 20_000
 ) -> None:
@@ -158,7 +163,8 @@ def check_buildable(
     Args:
         make: Builds it.
         where: What to call the file in the error.
-        most_numbers: How many numbers its parameters may hold.
+        most_numbers: How many numbers its parameters may hold. Buffers and states of metrics, which grow with the
+            square of the number of classes, have a limit of their own.
         most_tensors: How many parameters it may have.
 
     Raises:
@@ -177,7 +183,12 @@ def check_buildable(
     try:
         try:
             with torch.device("meta"):
-                make()
+                model = make()
+            states = sum(value.numel() for module in model.modules() for value in _states(module))
+            if states > _MOST_STATES:
+                raise WeightsError(
+                    f"{where} describes a model with {states} numbers beside its weights, as for far too many classes"
+                )
         except Exception as error:
             if not _computes(error):
                 raise
@@ -189,6 +200,27 @@ def check_buildable(
         raise not_buildable(where, error) from error
     finally:
         hook.remove()
+
+
+def _states(module: nn.Module) -> list[torch.Tensor]:
+    """Return what a module keeps beside its parameters: buffers, and the states of a metric."""
+    return [value for value in (*module.buffers(recurse=False), *vars(module).values()) if torch.is_tensor(value)]
+
+
+def check_size(make: Callable[[], Any], tensors: Iterable[Any], where: str) -> None:
+    """`check_buildable` of a model whose weights lie beside its description: it may not be much larger than these.
+
+    Args:
+        make: Builds the model.
+        tensors: Its weights; what is no tensor does not count, nor do numbers that a file repeats without holding them.
+        where: What to call the file in the error.
+
+    Raises:
+        WeightsError: As there.
+    """
+    held = [value for value in tensors if isinstance(value, torch.Tensor) and value.layout is torch.strided]
+    numbers = sum(min(value.numel(), value.untyped_storage().nbytes() // value.element_size()) for value in held)
+    check_buildable(make, where, 2 * numbers + 10_000_000, 2 * len(held) + 10_000)
 
 
 def _computes(error: BaseException) -> bool:

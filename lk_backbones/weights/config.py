@@ -10,8 +10,8 @@ from lk_backbones.weights.errors import WeightsError, shorten
 __all__ = ["LARGEST_SIDE", "check_picture_settings", "read_config"]
 
 _LARGEST_FILE = 10_000_000  # bytes
-#: Longest side of pictures that a file may have them resized to: more is no model's, but fills any memory.
-LARGEST_SIDE = 2**15
+#: Longest side of pictures, in pixels, that a file may ask for: more is no model's, but fills any memory.
+LARGEST_SIDE = 2**13
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lk_backbones.weights.arguments import check_model_arguments, plain_copy
+from lk_backbones.weights.config import LARGEST_SIDE
 from lk_backbones.weights.errors import WeightsError, nearest, shorten
 from lk_backbones.weights.files import check_stream
 
@@ -38,6 +39,27 @@ T = TypeVar("T")
 _DEEPEST = 16
 # Arguments that are keyword arguments of a model themselves.
 _OF_MODELS = ("encoder_kwargs", "architecture_kwargs")
+# How much of the machine a file may ask for; whoever needs more says so on the command line or in Python.
+_LARGEST = {
+    **dict.fromkeys(
+        (
+            "image_size",
+            "crop_size",
+            "base_size",
+            "test_size",
+            "min_size",
+            "max_size",
+            "sizes",
+            "input_size",
+            "train_size",
+        ),
+        LARGEST_SIDE,
+    ),
+    **dict.fromkeys(("train_images", "val_images", "test_images"), 2**20),
+    "batch_size": 2**16,
+    "val_batch_size": 2**10,
+    "num_workers": 2**8,
+}
 
 
 # ---- the file ----
@@ -103,6 +125,9 @@ def _read(stream: IO[bytes], name: str, map_location: Any, weights_only: bool, m
     wrong = next((key for key, kind in _PARTS.items() if not isinstance(content.get(key, kind()), kind)), None)
     if wrong is not None:
         raise WeightsError(f"{what}: its '{wrong}' is {shorten(content[wrong])}")
+    missing = [loop for loop in _LOOPS if not isinstance(content.get("loops", {}).get(loop), dict)]
+    if "loops" in content and missing:
+        raise WeightsError(f"{what}: its 'loops' lack {', '.join(missing)}")
     return content
 
 
@@ -116,6 +141,7 @@ _PARTS: dict[str, type] = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
+_LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 def _why_unreadable(stream: IO[bytes], error: Exception) -> str:
@@ -245,7 +271,7 @@ def checked_arguments(cls: type, values: object, where: str) -> dict[str, Any]:
                 f"{where}: {cls.__name__} has no argument {shorten(key)}{nearest(key[:80], parameters)}; the file was "
                 f"altered, or written by another version of lk_backbones"
             )
-        plain = plain_copy(value, f"{where}: {key}")
+        plain = plain_copy(value, f"{where}: {key}", _LARGEST.get(key, math.inf))
         if not fits(plain, parameters[key].annotation):
             expected = str(inspect.formatannotation(parameters[key].annotation)).replace("typing.", "")
             raise WeightsError(f"{where}: {key}={shorten(plain)} must be {expected}")
@@ -276,7 +302,10 @@ def build_saved(cls: type[T], arguments: Mapping[str, Any], where: str, **given:
     except (OSError, ImportError):
         raise
     except Exception as error:
+        if isinstance(error, WeightsError) and str(error).startswith(where):
+            raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = reason if len(reason) <= 1000 else f"{reason[:1000]}…"  # it may quote a value of any length
         replaced = f" with another {', '.join(given)}" if given else ""
         raise WeightsError(f"{where}{replaced}: no {cls.__name__} can be built: {reason}") from error
 

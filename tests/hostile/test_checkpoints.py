@@ -31,6 +31,7 @@ from lk_backbones.data import (
     SyntheticScenesDataModule,
 )
 from lk_backbones.tasks import BaseTask, DetectionTask, SegmentationTask
+from lk_backbones.weights import WeightsError
 from tests.hostile.conftest import Refused
 
 QUIET = [
@@ -373,6 +374,68 @@ def importable(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which a command runs, from which modules are found, as with ``python -m lk_backbones``."""
     monkeypatch.syspath_prepend(str(workspace))
     return workspace
+
+
+# Plain values, each of which is of the right type: what of memory, time or processes would they take?
+GREEDY: dict[str, tuple[Callable[[Content], None], tuple[str, ...]]] = {
+    "classes": (model(num_classes=60_000, class_names=None, class_colors=None), ("too many classes",)),
+    "many more classes": (model(num_classes=10**9, class_names=None, class_colors=None), ("far larger",)),
+    "input channels": (model(in_channels=10**9), ("far larger",)),
+    "depths": (model(encoder_kwargs=SMALL | {"depths": [10**6] * 4}), ("far larger",)),
+    "channels": (model(encoder_kwargs=SMALL | {"channels": [10**6] * 4}), ("far larger",)),
+    "kernels": (model(encoder_kwargs=SMALL | {"kernel_sizes": 9999}), ("far larger",)),
+    "branches": (
+        model(
+            encoder="unireplknet_a", encoder_kwargs=SMALL | {"kernel_sizes": 13, "branches": {"13": [[3, 1]] * 5000}}
+        ),
+        ("far larger",),
+    ),
+    "branches of a huge kernel": (
+        model(
+            encoder="unireplknet_a", encoder_kwargs=SMALL | {"kernel_sizes": 99_999, "branches": {"99999": [[5, 1]]}}
+        ),
+        ("far larger",),
+    ),
+    "another encoder": (model(encoder="replknet_xl", encoder_kwargs={}), ("far larger",)),
+    "decoder": (model(architecture_kwargs={"decoder_pyramid_channels": 10**6}), ("far larger",)),
+    "auxiliary head": (model(auxiliary_weight=1.0, auxiliary_channels=10**6), ("far larger",)),
+    "scale": (model(tta_scales=[1e4]), ("tta_scales",)),
+    "scales": (model(tta_scales=[1.0] * 50_000), ("tta_scales",)),
+    "long message": (model(class_weights=[1.0] * 90_000), ("class_weights",)),
+    "pictures": (data(val_images=10**9), ("val_images", "at most 1048576")),
+    "picture": (data(image_size=[10**5, 10**5]), ("image_size[0]", "at most 8192")),
+    "batch": (data(val_batch_size=10**9), ("val_batch_size", "at most 1024")),
+    "processes": (data(num_workers=10**5), ("num_workers", "at most 256")),
+    "no state of the loops": (lambda content: content.update(loops={}), ("'loops' lack fit_loop",)),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_checkpoint_that_asks_for_any_amount_is_refused(
+    name: str, content: Content, workspace: Path, refused: Refused
+) -> None:
+    change, names = GREEDY[name]
+    change(content)
+    torch.save(content, workspace / "greedy.ckpt")
+    message = refused(["validate", "--ckpt_path", "greedy.ckpt", *QUIET], "greedy.ckpt", *names)
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize("name", ["classes", "kernels", "scale"])
+def test_so_does_python(name: str, content: Content, workspace: Path) -> None:
+    GREEDY[name][0](content)
+    torch.save(content, workspace / "greedy.ckpt")
+    with pytest.raises(WeightsError, match=r"greedy\.ckpt"):
+        SegmentationTask.load_from_checkpoint("greedy.ckpt")
+
+
+def test_numbers_that_a_file_repeats_without_holding_them_do_not_count(content: Content, workspace: Path) -> None:
+    """A tensor of stride 0 takes a number's room on the disk, whatever its shape."""
+    content["state_dict"]["large"] = torch.zeros(1).expand(10**6, 10**6)
+    content["hyper_parameters"]["encoder_kwargs"] = SMALL | {"kernel_sizes": 9999}
+    torch.save(content, workspace / "greedy.ckpt")
+    with pytest.raises(WeightsError, match="far larger"):
+        SegmentationTask.load_from_checkpoint("greedy.ckpt")
 
 
 SIZES: dict[str, Callable[[Path], Any]] = {

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from lk_backbones import hub as lk_hub
+from lk_backbones.encoders._names import translate
 from lk_backbones.weights import WeightsError, pull
+from tests.conftest import load_golden
 from tests.hostile.conftest import Refused
 
 TINY: dict[str, Any] = {"depths": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "kernel_sizes": 3, "num_classes": 5}
@@ -242,6 +244,61 @@ SAFETENSORS = {
 def test_safetensors_that_lie(content: bytes, workspace: Path, refused: Refused) -> None:
     Path("weights.safetensors").write_bytes(content)
     refused(["hub", "pull", "weights.safetensors"], "weights.safetensors")
+
+
+# --- files as published, altered ---
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+UNIREPLKNET = {
+    "depths": (2, 2, 4, 2),
+    "channels": (8, 16, 32, 64),
+    "kernel_sizes": (3, 13, (13, 3), 13),
+    "num_classes": 10,
+}
+DILATED = "stages.1.0.dwconv.dil_conv_k5_1.weight"
+ALTERED: dict[str, Change] = {
+    "a bias of a block that is not there": lambda s: s | {"stages.9.9.pwconv2.0.bias": torch.ones(8)},
+    "a bias of no block": lambda s: s | {"stages.x.pwconv2.0.bias": torch.ones(8)},
+    "another dilation": lambda s: s | {DILATED.replace("k5_1", "k3_9"): torch.ones(16, 1, 3, 3)},
+    "a dilation of many digits": lambda s: s | {DILATED.replace("k5_1", f"k3_{'9' * 900}"): torch.ones(16, 1, 3, 3)},
+    "a flat first convolution": lambda s: s | {"downsample_layers.0.0.weight": torch.ones(3)},
+    "no dimensions": lambda s: s | {"stages.0.0.pwconv2.0.weight": torch.tensor(1.0)},
+    "too many dimensions": lambda s: s | {"stages.0.0.pwconv2.0.weight": torch.ones(1, 1, 1, 1, 1)},
+    "a long response norm": lambda s: s | {"stages.0.0.act.1.gamma": torch.ones(1, 7, 7, 7)},
+    "not finite": lambda s: s | {"stages.0.0.gamma": torch.full((8,), torch.nan)},
+    "whole numbers": lambda s: s | {"stages.0.0.gamma": torch.ones(8, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("way", ["hub", "timm"])
+@pytest.mark.parametrize("name", ALTERED)
+def test_a_published_file_that_was_altered(name: str, way: str, workspace: Path) -> None:
+    torch.save(ALTERED[name](load_golden("unireplknet_tiny")["state"]), "altered.pth")
+    if way == "hub":
+        with pytest.raises(WeightsError, match=r"altered\.pth") as raised:
+            lk_hub.load_weights(timm.create_model("unireplknet_a", **UNIREPLKNET), "altered.pth")
+        assert len(str(raised.value)) < 2500
+    else:  # timm reads the file; what it holds comes through our names
+        file = {"pretrained": True, "pretrained_cfg_overlay": {"file": "altered.pth", "num_classes": 10}}
+        with pytest.raises((WeightsError, RuntimeError)):
+            timm.create_model("unireplknet_a", **UNIREPLKNET, **file)
+
+
+def test_many_copies_of_an_encoder_are_not_all_compared(workspace: Path) -> None:
+    """Every name could be that of the first of a copy's tensors."""
+    state = load_golden("unireplknet_tiny")["state"]
+    torch.save(state | {f"{i}.stem.0.conv.weight": torch.ones(1) for i in range(20_000)}, "copies.pth")
+    model = timm.create_model("unireplknet_a", **UNIREPLKNET)
+    compared = 0
+
+    class Counted(dict):
+        def __contains__(self, key: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__contains__(key)
+
+    translate(Counted(torch.load("copies.pth")), model, model)
+    assert compared < 500_000
 
 
 # --- names of sources ---
