@@ -251,22 +251,25 @@ def push(
         if report is not None:
             report.append(loaded)
     with ExitStack() as stack:
-        if target is None:
-            written = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_repository(model, written, repo_id, info, weights)
-        else:
-            written = target
-            try:
+        try:
+            if target is None:
+                written = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write_repository(model, written, repo_id, info, weights)
+            else:
+                written = target
                 with new_folder(target, source) as place:
                     write_repository(model, place, repo_id, info, weights)
-            except FileExistsError:
-                raise
-            except (OSError, SafetensorError) as error:
-                number = re.search(r"os error (\d+)", str(error))  # of safetensors, which has an error class of its own
-                reason = error.strerror if isinstance(error, OSError) else number and os.strerror(int(number[1]))
-                raise WeightsError(
-                    f"'{target}' could not be written: {reason or error}. What was there is as it was"
-                ) from error
+        except FileExistsError:
+            raise
+        except (OSError, SafetensorError) as error:
+            number = re.search(r"os error (\d+)", str(error))  # of safetensors, which has an error class of its own
+            reason = error.strerror if isinstance(error, OSError) else number and os.strerror(int(number[1]))
+            if target is None:
+                what = f"the files for '{repo_id}' could not be written into a temporary folder"
+                advice = "Nothing was uploaded. TMPDIR names another place for it, or folder= a folder that stays"
+            else:
+                what, advice = f"'{target}' could not be written", "What was there is as it was"
+            raise WeightsError(f"{what}: {reason or error}. {advice}") from error
         if dry_run:
             return str(written)
         api = HfApi()

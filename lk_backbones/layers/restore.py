@@ -39,8 +39,8 @@ def restore_conv2d(model: ModuleType) -> ModuleType:
         if type(module) in (DepthwiseConv2d, PointwiseConv2d):
             # The class alone is what differs; a new module would lose hooks and whatever refers to the old one.
             module.__class__ = nn.Conv2d
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):  # named_children() omits repetitions
-            if child in followed:
-                setattr(module, name, followed[child])
+    for path, child in list(model.named_modules(remove_duplicate=False)):  # a layer may be in several places
+        if path and child in followed:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, followed[child])
     return cast(ModuleType, followed.get(model, model))

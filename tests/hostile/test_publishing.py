@@ -255,6 +255,21 @@ def test_trouble_while_writing(setup: str, kind: str, place: str, named: str, we
     assert {path for path in workspace.rglob("*") if path.is_dir()} == folders
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits in Linux's way")
+def test_a_full_disk_for_temporary_files(weights: Path, workspace: Path) -> None:
+    script = f"import sys\nfrom lk_backbones.cli import main\n{FULL_DISK}\nmain(sys.argv[1:])\n"
+    args = [arg for arg in command("publish", "none") if arg not in ("--dry-run", "--folder", "none")]
+    (workspace / "temporary").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": "temporary", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args], capture_output=True, text=True, env=environment, cwd=workspace
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "'you/x' could not be written into a temporary folder: File too large. Nothing was uploaded" in done.stderr
+    assert not list((workspace / "temporary").iterdir())
+
+
 # ---- what a card claims ----
 
 CLAIMS = ("not retrained", "83.5", "top-1", "mit.", "ImageNet-1K.", "bibtex", "Published by the authors")
