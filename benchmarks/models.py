@@ -10,12 +10,14 @@ layers where the authors have them and, folded, what the authors fold. Weights p
     python benchmarks/models.py unireplknet_t unireplknet_s         # these
     python benchmarks/models.py replknet_31n:resnet18,resnet34      # any encoder, beside any of timm's models
     python benchmarks/models.py --output results/models             # results/models.json, .md, .png
+    python benchmarks/models.py --threads 1 --cpu-time              # on a machine that is busy with other work
     python benchmarks/models.py replknet_31b --profile              # also where the encoder spends its time
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,11 +115,19 @@ def contestants(
     return runs
 
 
-def measure(ours: str, others: tuple[str, ...], kind: str, batch: int, size: int, seconds: float) -> dict[str, object]:
+def measure(
+    ours: str,
+    others: tuple[str, ...],
+    kind: str,
+    batch: int,
+    size: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, object]:
     """Measure times, and PyTorch's peak memory beyond parameters, of all contestants of a group."""
     runs = contestants(ours, others, kind, batch, size)
     matrix = torch.randn(1024, 1024)
-    timings = interleave({"sgemm": lambda: matrix @ matrix, **runs}, seconds, patience=2500)
+    timings = interleave({"sgemm": lambda: matrix @ matrix, **runs}, seconds, clock, patience=2500)
     return {
         "ours": ours,
         "kind": kind,
@@ -199,15 +209,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--size", type=int, default=224, help="height and width of the pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures of a training step")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU rather than wall time, for a machine that others use; with 1 thread",
+    )
     parser.add_argument("--seconds", type=float, default=45.0, help="per group and kind of run")
     parser.add_argument("--profile", action="store_true", help="also print where the encoders spend their time")
     parser.add_argument("--output", type=Path, help="stem of the .json, .md and .png to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     groups, size, batch = arguments.groups or list(GROUPS.items()), arguments.size, arguments.batch
     results = [
-        measure(ours, others, kind, pictures, size, arguments.seconds)
+        measure(ours, others, kind, pictures, size, arguments.seconds, clock)
         for ours, others in groups
         for kind, pictures in (("inference", 1), ("training step", batch))
     ]
