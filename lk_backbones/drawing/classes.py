@@ -131,9 +131,8 @@ def _named_confusion(shares: np.ndarray, counts: np.ndarray, names: Sequence[str
                 draw.text(place, text, fill=BACKGROUND if share > 0.5 else INK, font=small)
         x, y = left + count * cell + MARGIN, top + row * cell
         draw.rectangle((x, y + 5, x + bar - 50, y + cell - 7), fill=(245, 246, 247))
-        if counts[row]:
-            length = round(float(shares[row, row]) * (bar - 50))
-            draw.rectangle((x, y + 5, x + max(length, 1), y + cell - 7), fill=BLUE)
+        if length := round(float(shares[row, row]) * (bar - 50)):
+            draw.rectangle((x, y + 5, x + length, y + cell - 7), fill=BLUE)
         number = f"{100 * shares[row, row]:.1f} %" if counts[row] else "-"
         draw.text((x + bar - 44, y + 6), number, fill=INK, font=small)
     return figure

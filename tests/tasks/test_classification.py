@@ -510,7 +510,7 @@ def test_weights_of_other_classes_are_no_evaluation(
     assert "num_classes=6" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["test", *args, "--data.root", str(folders), *QUIET])
-    assert "val has no folders of classes" in capsys.readouterr().err
+    assert "ImageFolderDataModule" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def draw_shape(rng: np.random.Generator, size: int, outline: int, texture: int) 
         uint8 RGB ``(size, size, 3)``.
     """
     radius = size * rng.uniform(0.3, 0.42)
-    center = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - radius) * 0.9
+    center = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - radius - 2)
     angle = rng.uniform(-0.35, 0.35)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     corners = (list(OUTLINES.values())[outline] * radius) @ turn.T + center
