@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,13 @@ def _hint(state: dict[str, torch.Tensor], name: str) -> str:
     return f". The shapes are those of {' or '.join(repr(f) for f in fitting)}" if fitting else ""
 
 
+@cache
+def _without_memory(name: str) -> Any:
+    """Return an encoder on the meta device, to be looked at only: building one takes longer than comparing it."""
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
     """Find the registered encoders that weights fit, judged by names and shapes.
 
@@ -195,8 +203,7 @@ def fitting_encoders(state_dict: dict[str, torch.Tensor]) -> list[str]:
     """
     fitting: dict[str, int] = {}
     for name in list_encoders():
-        with torch.device("meta"):
-            full: Any = timm.create_model(name)
+        full = _without_memory(name)
         try:
             published = translate(state_dict, full, full)
         except Exception:  # a family's filter may stumble over the keys of another one
