@@ -231,17 +231,20 @@ def test_an_odd_batch_is_refused_before_anything_runs(
 
 
 def test_it_learns_with_layer_decay_and_averaged_weights(folders: Path, tmp_path: Path) -> None:
-    task = make_task(lr=3e-3, layer_decay=0.9, per_class_accuracy=True, warmup_steps=3)
-    trainer = make_trainer(tmp_path, max_epochs=12, callbacks=[EMAWeightAveraging(decay=0.8)])
-    trainer.fit(task, ImageFolderDataModule(str(folders), scale=(0.5, 1.0), color_jitter=0.0, **SMALL))
+    # layer norms: with batches of 12, batch norms of maps of one pixel measure too little
+    network = {"encoder": "convnext_atto", "encoder_kwargs": {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}}
+    task = make_task(**network, lr=1e-2, layer_decay=0.9, per_class_accuracy=True, warmup_steps=3)
+    trainer = make_trainer(tmp_path, max_epochs=10, callbacks=[EMAWeightAveraging(decay=0.6)])
+    data = ImageFolderDataModule(str(folders), scale=(0.5, 1.0), color_jitter=0.0, **(SMALL | {"batch_size": 12}))
+    trainer.fit(task, data)
     found = numbers(trainer)
     assert found["val/top1"] > 0.8
     assert {f"val/accuracy/{name}" for name in COLORS} <= found.keys()
     assert found["val/top1"] == pytest.approx(np.mean([found[f"val/accuracy/{name}"] for name in COLORS]))
     assert task.measured["confusion"].sum() == 18
     groups = task.configure_optimizers()["optimizer"].param_groups
-    assert max(group["lr"] for group in groups) == pytest.approx(3e-3 * task_ramp(task))
-    assert min(group["initial_lr"] for group in groups) < 3e-3 * 0.9**3
+    assert max(group["lr"] for group in groups) == pytest.approx(1e-2 * task_ramp(task))
+    assert min(group["initial_lr"] for group in groups) < 1e-2 * 0.9**3
 
 
 def task_ramp(task: ClassificationTask) -> float:
