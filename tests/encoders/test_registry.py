@@ -188,8 +188,8 @@ def test_packed_weights_give_the_same_outputs(small_encoder: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_odd_sizes_is_finite(small_encoder: str, dtype: torch.dtype) -> None:
-    # On processors with AMX oneDNN reads memory that nobody wrote in a bfloat16 convolution of stride 2 on a map 2 pixels
-    # wide: plain conv2d of torch 2.10 to 2.14 gives NaN there if the memory did. So images 32 pixels wide are left out.
+    # On processors with AMX oneDNN reads memory that nobody wrote in a bfloat16 convolution of stride 2 on a map two
+    # pixels wide: plain conv2d of torch 2.10 to 2.14 gives NaN if it held one. So images 32 pixels wide are left out.
     width = 64 if dtype == torch.bfloat16 else 32
     model = timm.create_model(small_encoder).eval().to(dtype)
     assert torch.isfinite(model(torch.randn(1, 3, 96, width).to(dtype))).all()
