@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 __all__ = ["seeded"]
 
@@ -19,13 +20,8 @@ def seeded(seed: int) -> Iterator[None]:
     Args:
         seed: The seed, at least 0.
     """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed accelerators too
-    try:
+    with isolate_rng(include_cuda=False):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed accelerators too
         yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
