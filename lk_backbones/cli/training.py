@@ -49,13 +49,13 @@ def _run(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser
 
     from lk_backbones._private.lightning import CheckpointBlindCLI
+    from lk_backbones.analysis import ReceptiveField
     from lk_backbones.callbacks import (
         ClassificationResults,
         ClosingLines,
         CocoResults,
         MetricsTable,
         Overlays,
-        ReceptiveField,
         ReproducibleSteps,
     )
     from lk_backbones.cli.configuration import ConfigFile, Parser, SaveConfig, Trainer, reason_of
@@ -188,7 +188,8 @@ def _beside_its_run(command: str, config: Any) -> dict[str, Any]:
 
 def _applies(callback: Any, model: Any, unseeded: bool) -> bool:
     """Return whether a callback has anything to do: other modules are not drawn, and some runs shall have no seed."""
-    from lk_backbones.callbacks import Overlays, ReceptiveField, ReproducibleSteps
+    from lk_backbones.analysis import ReceptiveField
+    from lk_backbones.callbacks import Overlays, ReproducibleSteps
 
     if isinstance(callback, Overlays):
         return callback.can_draw(model)

@@ -5,7 +5,6 @@ from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
-from lk_backbones.callbacks.receptive_field import ReceptiveField
 from lk_backbones.callbacks.shape_bias import ShapeBias
 from lk_backbones.callbacks.sparsity import DynamicSparsity
 from lk_backbones.callbacks.tables import MetricsTable
@@ -27,7 +26,6 @@ __all__ = [
     "DynamicSparsity",
     "MetricsTable",
     "Overlays",
-    "ReceptiveField",
     "ReproducibleSteps",
     "SafeCheckpoints",
     "SamplesSeen",

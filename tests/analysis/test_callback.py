@@ -14,9 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lk_backbones.analysis import effective_receptive_field
+from lk_backbones.analysis import ReceptiveField, effective_receptive_field
 from lk_backbones.analysis.pictures import scene_pictures
-from lk_backbones.callbacks import ReceptiveField
 from lk_backbones.data import SyntheticScenesDataModule
 from lk_backbones.tasks import SegmentationTask
 
