@@ -5,7 +5,7 @@ from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines
 from lk_backbones.callbacks.coco_results import CocoResults
 from lk_backbones.callbacks.overlays import Overlays
-from lk_backbones.callbacks.shape_bias import ShapeBias
+from lk_backbones.callbacks.shape_decisions import ShapeDecisions
 from lk_backbones.callbacks.sparsity import DynamicSparsity
 from lk_backbones.callbacks.tables import MetricsTable
 from lk_backbones.callbacks.training import ReproducibleSteps, SamplesSeen
@@ -30,7 +30,7 @@ __all__ = [
     "SafeCheckpoints",
     "SamplesSeen",
     "SegmentationTask",
-    "ShapeBias",
+    "ShapeDecisions",
     "openmmlab_state_dict",
     "without_encoder_weights",
 ]

@@ -208,6 +208,8 @@ def warmup_cosine_scheduler(
     min_factor: float = 0.0,
 ) -> LambdaLR:
     """`warmup_cosine` as a scheduler, to be stepped after every optimiser step. Arguments as there."""
+    # Not torch's LinearLR and CosineAnnealingLR: the latter ends at one rate for all groups, and with layer decay each
+    # ends at its own share of it. timm's CosineLRScheduler likewise, and it is no scheduler that Lightning steps.
     factor = partial(
         warmup_cosine,
         total_steps=total_steps,

@@ -123,7 +123,7 @@ def test_a_measurement_that_fails_later_does_not_end_the_training(
             raise ValueError("the gradients of all 1 images are infinite or not a number")
         return effective_receptive_field(*args, **kwargs)
 
-    monkeypatch.setattr("lk_backbones.callbacks.receptive_field.effective_receptive_field", fail)
+    monkeypatch.setattr("lk_backbones.analysis.callback.effective_receptive_field", fail)
     with pytest.warns(UserWarning, match="at step 1 could not be measured: the gradients of all"):
         trainer, _ = train(tmp_path, callback, freeze_encoder=True)
     assert trainer.global_step == 2

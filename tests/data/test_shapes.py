@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lk_backbones.callbacks import ShapeBias
+from lk_backbones.callbacks import ShapeDecisions
 from lk_backbones.data import ImageFolderDataModule, SyntheticShapesDataModule
 from lk_backbones.data.scenes.shapes import OUTLINES, TEXTURES, draw_shape
 from lk_backbones.tasks import ClassificationTask
@@ -85,7 +85,7 @@ def task() -> Decides:
 def make_trainer(folder: Path, **arguments: Any) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=[ShapeBias()], **arguments,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[ShapeDecisions()], **arguments,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_decisions_are_counted(task: Decides, tmp_path: Path, capsys: pytest.Cap
             task.known[picture.contiguous().numpy().tobytes()] = (*data.drawn[series].cues(i), i)
     trainer = make_trainer(tmp_path)
     trainer.test(task, data, verbose=False)
-    bias = next(callback for callback in trainer.callbacks if isinstance(callback, ShapeBias))
+    bias = next(callback for callback in trainer.callbacks if isinstance(callback, ShapeDecisions))
     assert (bias.outline, bias.texture, bias.neither) == (56, 28, 28)
     assert bias.share == pytest.approx(2 / 3)
     assert "66.7 % of the decisions go by the outline (56 outline, 28 texture, 28 neither" in capsys.readouterr().out

@@ -220,8 +220,8 @@ class SyntheticShapesDataModule(ClassificationDataModule):
 
     In training, validation and test the two agree: a disc is always striped, a triangle always chequered. What a
     network has learned to look at shows in further pictures, in which they disagree (`cue_conflict_dataloader`): a disc
-    with the triangle's checks. `ShapeBias` counts whether it goes by the outline or by the texture. Place, size, turn
-    and colours tell nothing of the class.
+    with the triangle's checks. `ShapeDecisions` counts whether it goes by the outline or by the texture. Place, size,
+    turn and colours tell nothing of the class.
 
     Pictures are drawn when they are needed, and picture ``index`` of a split is always the same. They have the size
     that the model takes if its ``input_size`` is ``image_size`` and its ``crop_pct`` 1.

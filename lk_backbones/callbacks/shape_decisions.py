@@ -7,10 +7,10 @@ import torch
 
 from lk_backbones._processes import gathered
 
-__all__ = ["ShapeBias"]
+__all__ = ["ShapeDecisions"]
 
 
-class ShapeBias(L.Callback):
+class ShapeDecisions(L.Callback):
     """Print the share of shape decisions, after a training and after a test.
 
     It is measured on pictures that have the outline of one class and the texture of another, which the data module
