@@ -158,10 +158,12 @@ class DetectionDataset(PictureDataset):
                 masks = outlines.draw(places.tolist(), augmented["frame"], (image.shape[1], image.shape[2]))
             elif len(places):
                 masks = np.stack([np.asarray(augmented["masks"][place]) for place in places])
-            seen = masks.any(axis=(1, 2))
-            places, boxes, masks = places[seen], boxes[seen], masks[seen]
+            pixels = np.array([np.count_nonzero(mask) for mask in masks], np.float32)
+            seen = pixels > 0
+            if not seen.all():  # masks are large, and seldom is one lost
+                places, boxes, masks, pixels = places[seen], boxes[seen], masks[seen], pixels[seen]
         sides = boxes[:, 2:] - boxes[:, :2]
-        area = sides.prod(axis=1) if masks is None else masks.sum(axis=(1, 2)).astype(np.float32)
+        area = sides.prod(axis=1) if masks is None else pixels
         return image, Objects(boxes, objects.labels[places], objects.iscrowd[places], area, masks)
 
 
