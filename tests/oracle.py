@@ -42,7 +42,7 @@ def make(architecture: str = "faster_rcnn", **kwargs: Any) -> DetectionTask:
     """A detector small enough for tests."""
     defaults: dict[str, Any] = {
         "encoder": "replknet_31n",
-        "encoder_kwargs": {"kernel_sizes": 3},
+        "encoder_kwargs": {"kernel_sizes": 3, "depths": [1, 1, 1, 1]},
         "architecture_kwargs": SMALL[architecture],
         "num_classes": 5,
         "min_size": 64,

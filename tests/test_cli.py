@@ -31,13 +31,14 @@ TINY = [
 ]
 SCENES = [
     *("--model", "SegmentationTask", "--model.architecture", "fpn", "--model.encoder", "replknet_31n"),
-    *("--model.num_classes", "9", "--model.encoder_kwargs", '{"drop_path_rate": 0.2, "kernel_sizes": 7}'),
+    *("--model.num_classes", "9"),
+    *("--model.encoder_kwargs", '{"drop_path_rate": 0.2, "kernel_sizes": 7, "depths": [1, 1, 1, 1]}'),
     *("--data", "SyntheticScenesDataModule", "--data.image_size", "[64, 64]", "--data.batch_size", "2"),
     *("--data.train_images", "12", "--data.val_images", "3", "--data.test_images", "3", "--data.num_workers", "0"),
 ]
 
 
-KWARGS = {"drop_path_rate": 0.2, "kernel_sizes": 7}
+KWARGS = {"drop_path_rate": 0.2, "kernel_sizes": 7, "depths": [1, 1, 1, 1]}
 
 
 @pytest.fixture(scope="module")

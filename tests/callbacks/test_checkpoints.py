@@ -31,7 +31,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such 
 
 def make(**kwargs: Any) -> SegmentationTask:
     L.seed_everything(5, verbose=False)
-    encoder = {"encoder_kwargs": {"drop_path_rate": 0.5, "kernel_sizes": 3}}
+    encoder = {"encoder_kwargs": {"drop_path_rate": 0.5, "kernel_sizes": 3, "depths": [1, 1, 1, 1]}}
     return SegmentationTask("fpn", "replknet_31n", **({"num_classes": 9, "lr": 1e-3} | encoder | kwargs))
 
 
@@ -101,7 +101,8 @@ class FullDisk(L.Callback):
 
 SCENES = [
     *("--model", "SegmentationTask", "--model.architecture", "fpn", "--model.encoder", "replknet_31n"),
-    *("--model.num_classes", "9", "--model.encoder_kwargs", '{"drop_path_rate": 0.2, "kernel_sizes": 3}'),
+    *("--model.num_classes", "9"),
+    *("--model.encoder_kwargs", '{"drop_path_rate": 0.2, "kernel_sizes": 3, "depths": [1, 1, 1, 1]}'),
     *("--data", "SyntheticScenesDataModule", "--data.image_size", "[64, 64]", "--data.batch_size", "2"),
     *("--data.train_images", "12", "--data.val_images", "2"),
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"),

@@ -58,7 +58,11 @@ class Draws(L.Callback):
 def fit(folder: Path, ckpt_path: Path | None = None, **kwargs: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
     L.seed_everything(5, verbose=False)
     task = SegmentationTask(
-        "unet", "replknet_31n", encoder_kwargs={"drop_path_rate": 0.5}, num_classes=NUM_CLASSES, lr=1e-3
+        "unet",
+        "replknet_31n",
+        encoder_kwargs={"drop_path_rate": 0.5, "depths": [1, 1, 1, 1]},
+        num_classes=NUM_CLASSES,
+        lr=1e-3,
     )
     draws = Draws()
     fitter = trainer(folder, limit_val_batches=0, **kwargs)

@@ -122,7 +122,8 @@ def mean_iou(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) -> fl
 def make_task(picture: np.ndarray, num_classes: int, **kwargs: Any) -> SegmentationTask:
     """A network with random weights whose answer to a picture has several classes in it."""
     torch.manual_seed(0)
-    small: dict[str, Any] = {"encoder_kwargs": {"kernel_sizes": 3}, "architecture_kwargs": {"decoder_channels": 16}}
+    encoder = {"kernel_sizes": 3, "depths": [1, 1, 1, 1]}
+    small: dict[str, Any] = {"encoder_kwargs": encoder, "architecture_kwargs": {"decoder_channels": 16}}
     task = SegmentationTask(encoder="replknet_31n", num_classes=num_classes, **small, **kwargs).eval()
     head = task.model.segmentation_head[0]
     mean, std = (np.float32(task.hparams[key]) * 255 for key in ("mean", "std"))

@@ -20,6 +20,7 @@ from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.encoders.pelk import PartialPeripheralConv2d
 from tests.conftest import LEVELS, assert_golden, feature_strides, randomize_norms
 
+FEW = (1, 1, 2, 1)  # blocks by stage, where more of them would be more of the same
 ACTIVATIONS = (torch.nn.ReLU, torch.nn.GELU)
 
 
@@ -196,7 +197,7 @@ def test_half_precision_on_odd_sizes_is_finite(small_encoder: str, dtype: torch.
 
 
 def test_script_trace_and_compile(small_encoder: str) -> None:
-    model = timm.create_model(small_encoder, num_classes=5, depths=(1, 1, 1, 1)).eval()  # compilers take their time
+    model = timm.create_model(small_encoder, num_classes=5, depths=FEW).eval()  # compilers take their time
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -221,7 +222,8 @@ def test_memory_format_is_decided_once(small_encoder: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("act_layer", ["silu", torch.nn.Hardswish])
 def test_activations_are_those_asked_for(small_encoder: str, act_layer: str | type[torch.nn.Module]) -> None:
-    default, model = timm.create_model(small_encoder), timm.create_model(small_encoder, act_layer=act_layer)
+    default = timm.create_model(small_encoder, depths=FEW)
+    model = timm.create_model(small_encoder, depths=FEW, act_layer=act_layer)
     acts = {name: type(module) for name, module in default.named_modules() if isinstance(module, ACTIVATIONS)}
     assert acts
     for name in acts:
@@ -250,7 +252,8 @@ NORMS = [
 
 @pytest.mark.parametrize(("norm_layer", "folds"), NORMS, ids=str)
 def test_norms_are_those_asked_for_and_fold_or_stay(small_encoder: str, norm_layer: Any, folds: bool) -> None:
-    default, model = timm.create_model(small_encoder), timm.create_model(small_encoder, norm_layer=norm_layer).eval()
+    default = timm.create_model(small_encoder, depths=FEW)
+    model = timm.create_model(small_encoder, depths=FEW, norm_layer=norm_layer).eval()
     norms = [name for name, module in default.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
     kind = type(model.get_submodule(norms[0]))
     assert {type(model.get_submodule(name)) for name in norms} == {kind}

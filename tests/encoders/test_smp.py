@@ -10,6 +10,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from packaging.version import Version
+from torch import nn
 
 import lk_backbones
 from lk_backbones.encoders._smp import LargeKernelEncoder
@@ -54,8 +55,9 @@ def test_every_decoder_trains(small_encoder: str, architecture: str) -> None:
         pytest.skip("in smp before 0.6 this decoder needs a map of stride 2, which this family does not have")
     torch.manual_seed(0)
     model = smp.create_model(architecture, small_encoder, encoder_weights=None, classes=3)
-    logits = model(torch.randn(2, 3, 128, 128))  # PAN pools the deepest map three times
-    assert logits.shape == (2, 3, 128, 128)
+    size = 128 if architecture == "pan" else 64  # which pools the deepest map three times
+    logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 3, size, size)
     logits.square().mean().backward()
     # PSPNet and the like stop before the deepest level; the stem sees a gradient in all of them.
     assert next(model.encoder.parameters()).grad.abs().sum() > 0
@@ -129,6 +131,8 @@ def test_default_weights_say_what_to_do_instead(name: str, advice: str) -> None:
 
 def test_script_compile_and_export(small_encoder: str) -> None:
     encoder = smp.encoders.get_encoder(small_encoder).eval()
+    for stage in (module for module in encoder.modules() if isinstance(getattr(module, "blocks", None), nn.Sequential)):
+        stage.blocks = stage.blocks[:1]  # compilers take their time
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = encoder(x)

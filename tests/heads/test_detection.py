@@ -174,7 +174,11 @@ def test_resizes_in_evaluation_only(architecture) -> None:
     [
         ("resnet18", 4, {}),
         ("tu-convnext_atto", 3, {}),  # no map of stride 2
-        ("tu-replknet_31n", 1, {"kernel_sizes": 3, "norm_features": True}),  # norms of the maps, one of them unused
+        (
+            "tu-replknet_31n",
+            1,
+            {"kernel_sizes": 3, "depths": (1, 1, 1, 1), "norm_features": True},
+        ),  # norms of the maps, one of them unused
     ],
 )
 @pytest.mark.parametrize("architecture", ["cascade_rcnn", "fcos"])
@@ -211,7 +215,7 @@ def test_norms_on_request(architecture, kwargs, norm) -> None:
 
 @pytest.mark.parametrize("architecture", DETECTORS)
 def test_folding_keeps_the_detections(architecture) -> None:
-    encoder = smp.encoders.get_encoder("tu-replknet_31n", depth=5, weights=None, kernel_sizes=7)
+    encoder = smp.encoders.get_encoder("tu-replknet_31n", depth=5, weights=None, kernel_sizes=7, depths=(1, 1, 1, 1))
     # in float64, where rounding does not swap detections of nearly the same score
     model = small_detector(architecture, encoder, **{score_threshold(architecture): 0.0}).eval().double()
     randomize_norms(encoder)
