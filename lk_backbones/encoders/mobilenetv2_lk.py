@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn as nn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.efficientnet import mobilenetv2_050, mobilenetv2_075, mobilenetv2_100
 
 from lk_backbones.layers.depthwise import DepthwiseConv2d
@@ -85,7 +85,7 @@ def _create_mobilenetv2_lk(
             raise ValueError(f"{key} must be odd and positive, got {value}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or default_cfgs[name].default
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or get_pretrained_cfg(name)  # else that of timm's own
     model = base(pretrained=False, **kwargs)
     for stage, size in zip(model.blocks, sizes, strict=True):
         for block in stage:

@@ -204,7 +204,7 @@ class ReparamDepthwiseConv2d(nn.Module):
             self.identity = nn.Identity() if norm_layer is None else create_norm(norm_layer, channels, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(N, channels, H, W)`` to the same shape, or to ``(N, channels, ceil(H / stride), ceil(W / stride))``."""
+        """Map ``(N, channels, H, W)`` to ``(N, channels, ceil(H / stride), ceil(W / stride))``."""
         out = self.branches[0](x)
         for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
             if index > 0:
