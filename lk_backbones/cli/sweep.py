@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import shlex
 import signal
 import statistics
@@ -251,11 +252,19 @@ def _percent(value: float) -> str:
     return f"{value:.1f}"
 
 
+def _mean_and_std(values: list[float]) -> tuple[float | None, float | None]:
+    """Return the mean, ``None`` of nothing, and the standard deviation of a sample, ``None`` of less than two."""
+    if not all(map(math.isfinite, values)):  # for which `statistics` has no deviation
+        return math.nan, math.nan if len(values) > 1 else None
+    return (
+        statistics.fmean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
 def _spread(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    return _percent(mean) if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+    mean, std = _mean_and_std(values)
+    return "–" if mean is None else _percent(mean) if std is None else f"{_percent(mean)} ± {_percent(std)}"
 
 
 def _cells_of_table(sweep: Sweep, runs: Sequence[_Run]) -> tuple[list[str], list[list[str]]]:
@@ -306,8 +315,7 @@ def _write_tables(sweep: Sweep, root: Path, runs: Sequence[_Run]) -> None:
     for name, columns in _rows(sweep, runs):
         for key, (number, values) in zip(sweep.metrics, columns, strict=True):
             by_seed = {r.seed: _measured(sweep, r).get(key) for r in runs if r.cell.name == name}
-            mean = statistics.fmean(values) if values else None
-            std = statistics.stdev(values) if len(values) > 1 else None
+            mean, std = _mean_and_std(values)
             each = [by_seed[seed] for seed in sweep.seeds]
             writer.writerow(
                 [name, key, *("" if v is None else f"{v:.6g}" for v in (number, mean, std)), len(values)]

@@ -112,8 +112,8 @@ def read_sweep(name: str, small: bool = False) -> Sweep:
         changed = _mapping(content["small"], f"{where}: small")
         _check_keys(changed, f"{where}: small", (), ("recipe", "seeds", "metrics", "overrides"))
         checked = _overrides(changed.get("overrides", {}), f"{where}: small.overrides")
-        for key in ("recipe", "seeds", "metrics"):
-            _CHECKS[key](changed.get(key, content[key]), f"{where}: small.{key}")
+        for key in changed.keys() & _CHECKS.keys():
+            _CHECKS[key](changed[key], f"{where}: small.{key}")
         if small:
             common |= {key: value for key, value in changed.items() if key != "overrides"}
             overrides = checked
