@@ -144,7 +144,7 @@ def _find(name: str) -> Path:
 def _cells(value: Any, where: str, common: dict[str, Any], metrics: set[str]) -> list[Cell]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} must be a list of cells, got {shorten(value)}")
-    cells = []
+    cells: list[Cell] = []
     for i, entry in enumerate(value):
         place = f"{where}[{i}]"
         entry = _mapping(entry, place)
