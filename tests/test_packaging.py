@@ -77,9 +77,9 @@ FIND = """
 import sys
 import lk_backbones
 from lk_backbones.cli import main
-from lk_backbones.cli.recipes import list_recipes
+from lk_backbones.cli.recipes import list_recipes, list_sweeps
 assert lk_backbones.__file__.startswith(sys.argv[1]), lk_backbones.__file__
-recipes = list_recipes()
+recipes = [*list_recipes(), *list_sweeps()]
 assert all(str(recipe.path).startswith(sys.argv[1]) for recipe in recipes), recipes
 print(len(recipes))
 main(["recipes", "copy", "recipes/own/unet_replknet_31n_256.yaml"])

@@ -4,6 +4,7 @@ from lk_backbones.callbacks.checkpoints import AtomicCheckpointIO, SafeCheckpoin
 from lk_backbones.callbacks.classification_results import ClassificationResults
 from lk_backbones.callbacks.closing import ClosingLines, WritingCallback
 from lk_backbones.callbacks.coco_results import CocoResults
+from lk_backbones.callbacks.metrics_file import MetricsFile
 from lk_backbones.callbacks.overlays import Overlays
 from lk_backbones.callbacks.shape_decisions import ShapeDecisions
 from lk_backbones.callbacks.sparsity import DynamicSparsity
@@ -16,6 +17,7 @@ __all__ = [
     "ClosingLines",
     "CocoResults",
     "DynamicSparsity",
+    "MetricsFile",
     "MetricsTable",
     "Overlays",
     "ReproducibleSteps",

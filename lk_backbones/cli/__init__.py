@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import analysis, grid, hub, models, recipes, training
+from lk_backbones.cli import analysis, grid, hub, models, recipes, sweep, training
 
 __all__ = ["main"]
 
@@ -26,6 +26,7 @@ Large-kernel ConvNets for classification, segmentation and detection.
   predict   overlays, and label maps, detections or classes, for a folder of pictures:
                        lk-backbones predict --ckpt_path CHECKPOINT --pictures FOLDER
   recipes   list the recipes that --config knows by name, and their published results; recipes copy NAME [TO]
+  sweep     train every cell of a published table: lk-backbones sweep guidelines/shortcut --small
   models    list the encoders: name, parameters, kernel sizes, weights
   grid      how a peripheral kernel shares its weights: lk-backbones grid 101 --save grid.png
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
@@ -66,6 +67,8 @@ def _run(args: list[str]) -> None:
         print(f"lk-backbones {lk_backbones.__version__}")
     elif args[0] == "recipes":
         recipes.run(args[1:])
+    elif args[0] == "sweep":
+        sweep.run(args[1:])
     elif args[0] == "models":
         models.run(args[1:])
     elif args[0] == "grid":

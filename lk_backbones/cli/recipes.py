@@ -20,9 +20,11 @@ from lk_backbones._files import write_atomically
 from lk_backbones._printing import printable
 from lk_backbones.weights.errors import nearest, shorten
 
-__all__ = ["Recipe", "find_configuration", "find_recipe", "list_recipes", "run"]
+__all__ = ["Recipe", "find_configuration", "find_recipe", "list_recipes", "list_sweeps", "run"]
 
 _PUBLISHED = "# Published: "
+# The folder of the files of `lk-backbones sweep`, each of which names recipes.
+_SWEEPS = "guidelines"
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,39 @@ def list_recipes(pattern: str = "*") -> list[Recipe]:
     Returns:
         The recipes; none if the pattern matches none.
     """
+    return [recipe for recipe in _files() if recipe.path.parent.name != _SWEEPS and _matches(recipe, pattern)]
+
+
+def list_sweeps() -> list[Recipe]:
+    """List the files of `lk-backbones sweep` that come with the package, sorted by name."""
+    return [recipe for recipe in _files() if recipe.path.parent.name == _SWEEPS]
+
+
+def _files() -> list[Recipe]:
     package = Path(lk_backbones.__file__).parent
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)
-    recipes = [
+    return [
         Recipe(path.relative_to(folder).with_suffix("").as_posix(), path) for path in sorted(folder.glob("*/*.yaml"))
     ]
-    return [recipe for recipe in recipes if fnmatchcase(recipe.name, f"*{pattern}*")]
 
 
-def find_recipe(name: str) -> Recipe | None:
+def _matches(recipe: Recipe, pattern: str) -> bool:
+    return fnmatchcase(recipe.name, f"*{pattern}*")
+
+
+def find_recipe(name: str, among: Sequence[Recipe] | None = None) -> Recipe | None:
     """Find a recipe by its name, with or without ``recipes/`` before and ``.yaml`` after it.
 
     Args:
         name: The name. It is compared with those there are, and never a path.
+        among: The recipes; by default all of `list_recipes`.
 
     Returns:
         The recipe; ``None`` if there is none of this name.
     """
     wanted = name.replace("\\", "/").removeprefix("recipes/").removesuffix(".yaml")
-    return next((recipe for recipe in list_recipes() if recipe.name == wanted), None)
+    among = list_recipes() if among is None else among
+    return next((recipe for recipe in among if recipe.name == wanted), None)
 
 
 def find_configuration(value: str) -> str:

@@ -198,8 +198,8 @@ def merge_kernels(convs: Iterable[nn.Conv2d]) -> list[nn.Conv2d]:
     The sum of their outputs stays the same.
 
     Args:
-        convs: Convolutions of one input, with odd kernels, stride 1 and zeros as padding that keep the map's size, all
-            with the same channels and groups. Of two that fit inside each other the first stays.
+        convs: Convolutions of one input, with odd kernels, one stride and zeros as padding that reach half a kernel
+            beyond the map, all with the same channels and groups. Of two that fit inside each other the first stays.
 
     Returns:
         Those that are left, in their order.

@@ -161,10 +161,11 @@ class ReparamDepthwiseConv2d(nn.Module):
         identity: Whether the input itself is added too, through a norm of its own if there are norms.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        stride: Stride of all branches; sizes round up.
 
     Raises:
-        ValueError: If there is no branch, a kernel size is even or not positive, or a dilated kernel reaches beyond
-            every kernel of dilation 1.
+        ValueError: If there is no branch, a kernel size is even or not positive, a dilated kernel reaches beyond every
+            kernel of dilation 1, or the input itself is to be added to strided branches.
     """
 
     def __init__(
@@ -177,14 +178,18 @@ class ReparamDepthwiseConv2d(nn.Module):
         identity: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         _check_branches(branches)
+        if identity and stride != 1:
+            raise ValueError(f"stride must be 1 where the input itself is added (identity=True), got {stride}")
         self.branches = nn.ModuleList(
             ConvNorm(
                 channels,
                 channels,
                 kernel_size,
+                stride=stride,
                 dilation=spread * dilation,
                 groups=channels,
                 norm_layer=norm_layer,
@@ -199,7 +204,7 @@ class ReparamDepthwiseConv2d(nn.Module):
             self.identity = nn.Identity() if norm_layer is None else create_norm(norm_layer, channels, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(N, channels, H, W)`` to the same shape."""
+        """Map ``(N, channels, H, W)`` to ``(N, channels, ceil(H / stride), ceil(W / stride))``."""
         out = self.branches[0](x)
         for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
             if index > 0:
@@ -249,7 +254,7 @@ def merge_branches(branches: Sequence[ConvNorm], dense: bool = False) -> list[Co
     """Fold parallel depthwise branches of one sum, in place, and merge those that fit inside another one.
 
     Args:
-        branches: Their modules, without strides.
+        branches: Their modules, all of one stride.
         dense: Whether to enlarge the first so that all others fit.
 
     Returns:
@@ -277,6 +282,7 @@ def _enlarge(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
         first.in_channels,
         first.out_channels,
         (sizes[0], sizes[1]),
+        stride=_pair(first.stride),
         padding=tuple(step * (size // 2) for step, size in zip(steps, sizes, strict=True)),
         dilation=(steps[0], steps[1]),
         groups=first.groups,

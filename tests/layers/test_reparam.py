@@ -85,6 +85,20 @@ def test_branches_fold_into_as_few_as_possible(branches, dilation, norm_layer, b
     torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)
 
 
+def test_strided_branches_fold_too() -> None:
+    torch.manual_seed(0)
+    layer = randomize_norms(ReparamDepthwiseConv2d(4, [(13, 1), (3, 1)], stride=2)).double().eval()
+    x = torch.randn(1, 4, 17, 24, dtype=torch.float64)
+    expected = layer(x)
+    assert expected.shape == (1, 4, 9, 12)
+    layer.reparameterize()
+    (branch,) = layer.branches
+    assert (branch.conv.kernel_size, branch.conv.stride) == ((13, 13), (2, 2))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="stride must be 1 where the input itself is added"):
+        ReparamDepthwiseConv2d(4, [(3, 1)], stride=2, identity=True)
+
+
 def test_strips_become_a_dense_kernel_on_request() -> None:
     torch.manual_seed(0)
     layer = randomize_norms(ReparamDepthwiseConv2d(4, STRIPS, dilation=2, identity=True)).double().eval()
