@@ -331,14 +331,6 @@ class PeLK(SLaK):
         del settings["strips"]
         return PeLKStage(in_channels, channels, *args, **settings)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameter names into layers; a position embedding goes with its stage."""
-        groups: dict[str, Any] = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"] = [(r"^stages\.(\d+)\.position", (0,)), *groups["blocks"]]
-        return groups
-
 
 def _for_each_stage(name: str, value: int | Sequence[int | None] | None) -> tuple[int | None, ...]:
     values = (value,) * 4 if value is None or isinstance(value, int) else tuple(value)

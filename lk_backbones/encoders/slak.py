@@ -343,17 +343,20 @@ class SLaK(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameter names into layers, for layer-wise learning-rate decay."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^feature_norms", (99999,)),
-            ],
-        }
+        """Regular expressions that sort parameter names into layers, for learning-rate decay by layers or stages.
+
+        Both are as the published decay rates count, which is ConvNeXt's way. Layers: the stem, the first stage, the
+        second, every three blocks of the third, the last stage; a transition belongs to the layer behind it, as does
+        what the blocks of a stage share. Stages, with ``coarse``: the stem together with all transitions, then each
+        stage. Norms of returned maps are new in a dense task and learn as the head does.
+        """
+        if coarse:
+            return {"stem": r"^stem|^stages\.\d+\.downsample", "blocks": r"^stages\.(\d+)"}
+        third: list[tuple[str, tuple[int, ...] | None]] = [(r"^stages\.(2)\.(?!blocks)", (0,))]
+        blocks = cast(SLaKStage, self.stages[2]).blocks if len(self.stages) > 2 else ()
+        for block in range(len(blocks)):
+            third.append((rf"^stages\.(2)\.blocks\.{block}\.", (block // 3,)))
+        return {"stem": r"^stem", "blocks": [*third, (r"^stages\.(\d+)", None)]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

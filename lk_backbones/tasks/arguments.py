@@ -33,8 +33,8 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
     if twice:
         raise ValueError(f"class_names must differ, got {shorten(twice)} twice")
     check_enlargement(hparams.get("enlarge_kernels"))
-    for key in ("lr", "layer_decay"):
-        if hparams[key] <= 0:
+    for key in ("lr", "layer_decay", "encoder_lr_scale"):
+        if hparams.get(key, 1) <= 0:
             raise ValueError(f"{key}={hparams[key]} must be positive")
     for key in ("weight_decay", "bias_weight_decay", "momentum", "power", "min_lr", "gamma"):
         if (hparams.get(key) or 0) < 0:
@@ -46,6 +46,8 @@ def check_shared_arguments(hparams: Any, least_classes: int, why: str) -> None:
         )
     if hparams["optimizer"] not in ("adamw", "sgd"):
         raise ValueError(f"optimizer='{hparams['optimizer']}' must be one of adamw, sgd")
+    if hparams["layer_decay_type"] not in ("layer_wise", "stage_wise"):
+        raise ValueError(f"layer_decay_type='{hparams['layer_decay_type']}' must be one of layer_wise, stage_wise")
     milestones = list(hparams.get("milestones") or [])
     if milestones != sorted(set(milestones)) or min(milestones, default=1) <= 0:
         raise ValueError(f"milestones={milestones} must be epochs in ascending order, counted from 1")

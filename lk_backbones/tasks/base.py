@@ -143,8 +143,9 @@ class BaseTask(L.LightningModule):
     in every task: ``encoder``, ``encoder_weights``, ``encoder_kwargs``, ``enlarge_kernels``, ``in_channels``,
     ``num_classes``, ``class_names``, ``class_colors``, ``mean``, ``std``, ``freeze_encoder``,
     ``gradient_checkpointing``, ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``bias_weight_decay``,
-    ``layer_decay``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; where the learning rate may drop
-    after some epochs instead of decaying, ``milestones`` and ``gamma``; and where it may follow a cosine, ``schedule``.
+    ``layer_decay``, ``layer_decay_type``, ``warmup_steps``, ``warmup_ratio``, ``power`` and ``min_lr``; where the
+    encoder is a part of the network, ``encoder_lr_scale``; where the learning rate may drop after some epochs instead
+    of decaying, ``milestones`` and ``gamma``; and where it may follow a cosine, ``schedule``.
 
     Attributes:
         taken_from_data: Hyper-parameters that are taken over from the data module where they are ``None``.
@@ -221,7 +222,13 @@ class BaseTask(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimiser and the schedule from the hyper-parameters; Lightning calls it."""
         hparams: Any = self.hparams
-        scales, exempt = encoder_lr_scales(self.encoder, hparams.layer_decay, hparams.encoder_kwargs)
+        scales, exempt = encoder_lr_scales(
+            self.encoder,
+            hparams.layer_decay,
+            hparams.encoder_kwargs,
+            hparams.layer_decay_type,
+            hparams.get("encoder_lr_scale", 1.0),
+        )
         prefix = next(name for name, module in self.named_modules() if module is self.encoder) + "."
         groups = parameter_groups(
             self,

@@ -90,6 +90,8 @@ class ClassificationTask(BaseTask):
         bias_weight_decay: Weight decay of biases outside of norms. ``None`` for ``weight_decay``, as RepLKNet's authors
             train; 0 to exempt them, as timm and the authors of SLaK and UniRepLKNet do.
         layer_decay: Factor of the learning rate from one layer of the encoder to the next one below.
+        layer_decay_type: What is a layer: ``"layer_wise"``, some blocks, as the encoder's family counts them, or
+            ``"stage_wise"``, a whole stage, as ConvNeXt and SLaK train on ADE20K.
         warmup_steps: Optimiser steps of linear warm-up.
         warmup_ratio: Factor of the learning rate at the first step of the warm-up.
         schedule: What follows the warm-up: ``"cosine"``, or ``"poly"``, a polynomial decay over all steps.
@@ -136,6 +138,7 @@ class ClassificationTask(BaseTask):
         weight_decay: float = 0.05,
         bias_weight_decay: float | None = None,
         layer_decay: float = 1.0,
+        layer_decay_type: Literal["layer_wise", "stage_wise"] = "layer_wise",
         warmup_steps: int = 0,
         warmup_ratio: float = 1e-6,
         schedule: Literal["cosine", "poly"] = "cosine",

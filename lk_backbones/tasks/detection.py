@@ -66,12 +66,15 @@ class DetectionTask(BaseTask):
         max_size: … unless the long side would be longer than this.
         per_class_ap: Log the AP of every class too.
         optimizer: ``"adamw"`` or ``"sgd"``.
-        lr: Learning rate of everything outside of the encoder, and of the encoder if ``layer_decay`` is 1.
+        lr: Learning rate of everything outside of the encoder; of the encoder too unless a factor below says otherwise.
         momentum: Momentum of ``sgd``.
         weight_decay: Weight decay; none on norms, nor on what the encoder's model exempts (position biases).
         bias_weight_decay: Weight decay of biases outside of norms. ``None`` for ``weight_decay``, as RepLKNet's authors
             train; 0 to exempt them, as timm and the authors of SLaK and UniRepLKNet do.
         layer_decay: Factor of the learning rate from one layer of the encoder to the next one below (timm models only).
+        layer_decay_type: What is a layer: ``"layer_wise"``, some blocks, as the encoder's family counts them, or
+            ``"stage_wise"``, a whole stage, as ConvNeXt and SLaK train on ADE20K.
+        encoder_lr_scale: Further factor of the encoder's learning rate, 0.1 for a tenth of the heads'.
         warmup_steps: Optimiser steps of linear warm-up.
         warmup_ratio: Factor of the learning rate at the first step of the warm-up.
         milestones: Epochs after which the learning rate is multiplied by ``gamma`` (27 and 33 of 36 in the published
@@ -115,6 +118,8 @@ class DetectionTask(BaseTask):
         weight_decay: float = 0.05,
         bias_weight_decay: float | None = None,
         layer_decay: float = 1.0,
+        layer_decay_type: Literal["layer_wise", "stage_wise"] = "layer_wise",
+        encoder_lr_scale: float = 1.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 1e-3,
         milestones: list[int] | None = None,

@@ -30,17 +30,24 @@ __all__ = [
 
 
 def encoder_lr_scales(
-    encoder: nn.Module, layer_decay: float, kwargs: dict[str, Any] | None = None
+    encoder: nn.Module,
+    layer_decay: float,
+    kwargs: dict[str, Any] | None = None,
+    layer_decay_type: str = "layer_wise",
+    lr_scale: float = 1.0,
 ) -> tuple[dict[str, float], set[str]]:
     """Learning-rate scales of an encoder's parameters, through the ``group_matcher`` of its timm model.
 
-    A parameter in the n-th layer below the head gets ``layer_decay ** n``, as in
-    `timm.optim.param_groups_layer_decay`; the head itself, everything outside of the encoder, is layer 0.
+    A parameter in the n-th layer below the head gets ``lr_scale * layer_decay ** n``, as in
+    `timm.optim.param_groups_layer_decay`; the head itself, everything outside of the encoder, is layer 0 and gets 1. So
+    do norms that only a dense task has, where the model counts them to the head.
 
     Args:
         encoder: An smp encoder.
         layer_decay: Factor from one layer to the next one below, 1 for no decay.
         kwargs: Keyword arguments that the encoder was built with.
+        layer_decay_type: ``"layer_wise"``, or ``"stage_wise"`` for whole stages as layers, timm's ``coarse`` groups.
+        lr_scale: Factor of all layers but the head.
 
     Returns:
         Scale by parameter name, and the names that the model itself exempts from weight decay.
@@ -48,11 +55,13 @@ def encoder_lr_scales(
     Raises:
         ValueError: If ``layer_decay`` is not 1 and the encoder is not a timm model or has no ``group_matcher``.
     """
+    parameters = [name for name, _ in encoder.named_parameters()]
+    all_alike = {} if lr_scale == 1 else dict.fromkeys(parameters, lr_scale)
     try:
         full: Any = timm_model(encoder, kwargs or {})
     except ValueError as error:
         if layer_decay == 1:
-            return {}, set()
+            return all_alike, set()
         raise ValueError(
             f"layer_decay={layer_decay} needs to know the encoder's layers, and only timm models tell them: use a "
             f"'tu-…' encoder or one of lk_backbones instead of {type(encoder).__name__}, or layer_decay=1"
@@ -61,14 +70,14 @@ def encoder_lr_scales(
     names = {name: original_name(full_name) for name, full_name in timm_names(encoder, full).items()}
     exempt_in_full = set(full.no_weight_decay()) if hasattr(full, "no_weight_decay") else set()
     exempt = {name for name, full_name in names.items() if full_name in exempt_in_full}
-    if layer_decay == 1:
-        return {}, exempt
+    if layer_decay == 1 and (lr_scale == 1 or not hasattr(full, "group_matcher")):
+        return all_alike, exempt
     if not hasattr(full, "group_matcher"):
         raise ValueError(f"layer_decay={layer_decay}: the timm model '{encoder.name}' has no group_matcher; use 1")
-    layers = group_parameters(full, full.group_matcher(coarse=False), reverse=True)
+    layers = group_parameters(full, full.group_matcher(coarse=layer_decay_type == "stage_wise"), reverse=True)
     head = max(layers.values())
-    parameters = {name for name, _ in encoder.named_parameters()}
-    return {n: layer_decay ** (head - layers[full_n]) for n, full_n in names.items() if n in parameters}, exempt
+    below = {n: head - layers[full_n] for n, full_n in names.items() if n in parameters}
+    return {name: lr_scale * layer_decay**depth if depth else 1.0 for name, depth in below.items()}, exempt
 
 
 def parameter_groups(

@@ -71,10 +71,23 @@ def test_layer_decay_values_of_convnext() -> None:
     assert scales["model.stages_3.blocks.1.conv_dw.weight"] == pytest.approx(0.5)
 
 
+def test_stages_as_layers_and_a_factor_of_all() -> None:
+    encoder = get_encoder("tu-convnext_atto")
+    scales, _ = encoder_lr_scales(encoder, 0.5, {}, "stage_wise", 0.1)
+    for name, scale in scales.items():  # the stem, four stages, the head
+        below = 5 if "stem" in name else 4 - int(name.partition("stages_")[2][0])
+        assert scale == pytest.approx(0.1 * 0.5**below), name
+    alike, _ = encoder_lr_scales(encoder, 1.0, {}, lr_scale=0.1)
+    assert alike == pytest.approx(dict.fromkeys(scales, 0.1))
+
+
 def test_an_encoder_without_layers_is_refused() -> None:
+    encoder = get_encoder("resnet18")
     with pytest.raises(ValueError, match=r"layer_decay=0\.9 needs to know the encoder's layers.*ResNetEncoder"):
-        encoder_lr_scales(get_encoder("resnet18"), 0.9)
-    assert encoder_lr_scales(get_encoder("resnet18"), 1.0) == ({}, set())
+        encoder_lr_scales(encoder, 0.9)
+    assert encoder_lr_scales(encoder, 1.0) == ({}, set())
+    alike, _ = encoder_lr_scales(encoder, 1.0, lr_scale=0.1)  # which needs no layers
+    assert alike == {name: 0.1 for name, _ in encoder.named_parameters()}
 
 
 def by_group(groups: list[dict], module: nn.Module) -> dict[tuple[float, float], set[str]]:
@@ -167,6 +180,14 @@ def test_a_step_shrinks_biases_as_the_authors_do() -> None:
 def test_an_impossible_decay_of_biases_is_refused(task, decay: float) -> None:
     with pytest.raises(ValueError, match=r"bias_weight_decay=.* must be (at least 0|finite)"):
         task(bias_weight_decay=decay)
+
+
+@pytest.mark.parametrize("task", [SegmentationTask, DetectionTask])
+def test_impossible_rates_of_the_encoder_are_refused(task) -> None:
+    with pytest.raises(ValueError, match=r"encoder_lr_scale=0 must be positive"):
+        task(encoder_lr_scale=0)
+    with pytest.raises(ValueError, match="layer_decay_type='stages' must be one of layer_wise, stage_wise"):
+        task(layer_decay_type="stages")
 
 
 def test_warm_up_and_decay_values() -> None:
