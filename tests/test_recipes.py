@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -44,8 +45,9 @@ def family(config: dict[str, Any]) -> str:
     return config["model"]["init_args"]["encoder"].partition("_")[0]
 
 
+@functools.cache
 def build(path: Path, **changes: Any) -> Any:
-    """The recipe's task, without weights, on the meta device if it can be built there."""
+    """The recipe's task, without weights, on the meta device; built once."""
     model = read(path)["model"]
     task = getattr(lk_backbones.tasks, model["class_path"])
     with without_encoder_weights(), torch.device("meta"):
