@@ -28,14 +28,19 @@ from timing import describe_machine, interleave, peak_memory, save
 from torch import nn
 
 import lk_backbones
+from lk_backbones.encoders.pelk import PeLK
+from lk_backbones.encoders.slak import SLaK
 from lk_backbones.encoders.unireplknet import UniRepLKNet
 from lk_backbones.layers import ConvNorm, DepthwiseConv2d, InputConvNorm, PointwiseConv2d, ReparamLargeKernelConv2d
+from lk_backbones.layers.peripheral import PeripheralDepthwiseConv2d, expand_cells
 
 # Encoder -> backbones of its size.
 GROUPS = {
     "replknet_31b": ("convnext_base", "swin_base_patch4_window7_224", "resnet101"),
     "unireplknet_t": ("convnext_tiny",),
     "unireplknet_s": ("convnext_small",),
+    "slak_tiny": ("convnext_tiny",),
+    "pelk_tiny": ("convnext_tiny",),
 }
 
 
@@ -46,10 +51,18 @@ class LinearOverChannels(nn.Conv2d):
         return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+class PlainPeripheral(PeripheralDepthwiseConv2d):
+    """A peripheral convolution that PyTorch computes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, expand_cells(self.weight, self.grid), self.bias)
+
+
 def reference(model: nn.Module) -> nn.Module:
     """``model`` with PyTorch's own layers in the caller's memory format."""
-    pointwise = LinearOverChannels if isinstance(model, UniRepLKNet) else nn.Conv2d
+    pointwise = LinearOverChannels if isinstance(model, UniRepLKNet | SLaK) else nn.Conv2d
     plain = {DepthwiseConv2d: nn.Conv2d, PointwiseConv2d: pointwise, InputConvNorm: ConvNorm}
+    plain[PeripheralDepthwiseConv2d] = PlainPeripheral
     for module in model.modules():
         module.__class__ = plain.get(type(module), type(module))
     return model
@@ -57,8 +70,10 @@ def reference(model: nn.Module) -> nn.Module:
 
 def folded_as_the_reference(model: nn.Module) -> nn.Module:
     """``model`` in ``eval()`` mode, folded as far as the authors' code folds it."""
-    if isinstance(model, UniRepLKNet):  # all there is
+    if isinstance(model, UniRepLKNet | PeLK):  # all there is; PeLK's authors published no code
         return reference(lk_backbones.reparameterize(model))
+    if isinstance(model, SLaK):  # nothing: their strips stay beside the small kernel, with the norms
+        return reference(model.eval())
     for module in model.modules():
         if isinstance(module, ReparamLargeKernelConv2d):
             module.reparameterize()
