@@ -15,8 +15,10 @@ import yaml
 
 import lk_backbones.data
 import lk_backbones.tasks
+from lk_backbones.callbacks import DynamicSparsity
 from lk_backbones.cli import main
 from lk_backbones.cli.recipes import Recipe, list_recipes
+from lk_backbones.layers.sparsity import choose_weights
 from lk_backbones.tasks.base import without_encoder_weights
 from lk_backbones.weights.catalogue import find_published
 from tests.conftest import ALL_ENCODERS, count_parameters
@@ -175,6 +177,17 @@ def test_one_argument_makes_another_one(recipe: str, encoder: str, title: str, m
     assert f"{title} ({millions} M parameters" in path.read_text()
     assert f"{recipe} --model.encoder {encoder}\n" in path.read_text()
     assert count_millions(build(path, encoder=encoder)) == pytest.approx(millions, rel=0.025)
+
+
+@pytest.mark.parametrize("path", [p for p in PUBLISHED if "slak" in p.stem or "pelk" in p.stem], ids=name)
+def test_zeros_of_the_encoder_stay(path: Path) -> None:
+    callbacks = read(path)["trainer"]["callbacks"]
+    (sparsity,) = [c["init_args"] for c in callbacks if c["class_path"].endswith("DynamicSparsity")]
+    assert DynamicSparsity(**sparsity).init == "weights"
+    assert sparsity["every_n_train_steps"] is None
+    task = build(path)
+    encoder = {id(p) for p in task.encoder.parameters() if p.ndim > 1}
+    assert {id(p) for p in choose_weights(task, [sparsity["layers"]], []).values()} == encoder
 
 
 # The decay in the authors' configurations: its kind, its rate, and how many layers it counts.
