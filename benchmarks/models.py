@@ -24,10 +24,10 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timing import describe_machine, interleave, peak_memory, save
 from torch import nn
 
 import lk_backbones
+from lk_backbones.analysis.timing import describe_machine, interleave, peak_memory, save
 from lk_backbones.encoders.unireplknet import UniRepLKNet
 from lk_backbones.layers import ConvNorm, DepthwiseConv2d, InputConvNorm, PointwiseConv2d, ReparamLargeKernelConv2d
 
