@@ -67,6 +67,7 @@ def run(args: Sequence[str]) -> None:
         "--images", metavar="FOLDER", help="pictures to compare on and calibrate with; else scenes are drawn"
     )
     parser.add_argument("--num", type=_positive, default=4, help="how many of them (default: 4)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for the timing (default: 5)")
     parser.add_argument("--pretrained", action="store_true", help="default weights for a bare name (else random ones)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and scenes (default: 0)")
     parser.add_argument("--to", metavar="DIR", default="exported", help="folder to write into (default: exported)")
@@ -108,6 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
             mean=named.mean,
             std=named.std,
             description=described,
+            seconds=arguments.seconds,
             overwrite=arguments.overwrite,
             progress=lambda step: console.print(Text(printable(f"{step} …"))) if console.is_terminal else None,
         )

@@ -24,7 +24,7 @@ from lk_backbones._files import UNFINISHED
 from lk_backbones.analysis.memory import require_memory_to_run
 from lk_backbones.analysis.timing import interleave
 from lk_backbones.export.example import example
-from lk_backbones.export.formats import Format, Run, find_format, quantize_onnx
+from lk_backbones.export.formats import FORMATS, Format, Run, find_format, quantize_onnx
 from lk_backbones.export.graph import SIZE_MULTIPLE, Deployment, deployment, foldable_copy
 from lk_backbones.tasks.base import BaseTask
 
@@ -144,10 +144,10 @@ def export_model(
         probe=input_size if fixed_size or preprocessing else _smallest_probe(input_size),
     )
     require_memory_to_run(model, _plain_run(original, channels), input_size, 2, _COPIES)
-    if not preprocessing and not fixed_size and any(side % SIZE_MULTIPLE for side in input_size):
+    if not preprocessing and not fixed_size and any(side % original.multiple for side in input_size):
         raise ValueError(
             f"input size {input_size[0]} × {input_size[1]}: a graph for changing sizes takes multiples of "
-            f"{SIZE_MULTIPLE}. Choose such a size, or fix the size, or put the preprocessing into the graph"
+            f"{original.multiple}. Choose such a size, or fix the size, or put the preprocessing into the graph"
         )
     folded = foldable_copy(original)
     program, changing, notes = _traced(folded, _batch([images[0]] * 2, original, input_size), fixed_size, progress)
@@ -155,7 +155,7 @@ def export_model(
     if len(images) > 2:
         cases += [_batch([image], original, input_size) for image in images[2:]]
     if "height" in changing:  # another size than the one that it was traced with
-        other = (input_size[0] + SIZE_MULTIPLE, input_size[1] + 2 * SIZE_MULTIPLE)
+        other = (input_size[0] + original.multiple, input_size[1] + 2 * original.multiple)
         cases.append(_batch(images[:1], original, other))
     if "batch" not in changing:
         cases = [_batch([image] * 2, original, input_size) for image in images]
@@ -184,16 +184,20 @@ def export_model(
                 raise ValueError(f"{known.name} could not be written: {_first_line(error)}") from error
             progress(f"running {name} with {known.runtime}")
             runs[known.name] = (name, _loaded(known, staging / name))
-        results = {name: _compare(run, cases, expected, file) for name, (file, run) in runs.items()}
+        has_classes = original.kind in ("segmentation", "classification")
+        results = {name: _compare(run, cases, expected, file, has_classes) for name, (file, run) in runs.items()}
         for name, (difference, agreement) in results.items():
             _require_equal(runs[name][0], difference, agreement)
         if int8:
             progress("quantising")
             onnx = find_format("onnx")
             calibration = [_batch([image], original, input_size) for image in images]
-            quantize_onnx(staging / "model.onnx", staging / "model.int8.onnx", calibration, metadata)
+            try:
+                quantize_onnx(staging / "model.onnx", staging / "model.int8.onnx", calibration, metadata)
+            except Exception as error:  # whatever a quantiser raises
+                raise ValueError(f"onnxruntime does not quantise the model: {_first_line(error)}") from error
             runs["onnx int8"] = ("model.int8.onnx", _loaded(onnx, staging / "model.int8.onnx"))
-            results["onnx int8"] = _compare(runs["onnx int8"][1], cases, expected, "model.int8.onnx")
+            results["onnx int8"] = _compare(runs["onnx int8"][1], cases, expected, "model.int8.onnx", has_classes)
         progress("timing")
         one = cases[-1] if "batch" not in changing else _batch(images[:1], original, input_size)
         timings = interleave(_contestants(folded, runs, one), seconds, patience=5000)
@@ -211,7 +215,7 @@ def export_model(
             )
             for name, (file, _) in runs.items()
         ]
-        for checked in files:
+        for checked in files if channels == 3 else []:  # a picture has no other number
             runtime = find_format(checked.format.split()[0]).runtime
             script = _script(checked.format)
             (staging / script).write_text(example(checked.file, script, runtime, metadata), encoding="utf-8")
@@ -259,7 +263,7 @@ def _traced(
     if folded.size is not None:
         sizes: dict[int, Any] = {0: batch, 1: Dim("height"), 2: Dim("width")}
     else:
-        sizes = {0: batch, 2: SIZE_MULTIPLE * Dim("rows"), 3: SIZE_MULTIPLE * Dim("columns")}
+        sizes = {0: batch, 2: folded.multiple * Dim("rows"), 3: folded.multiple * Dim("columns")}
     attempts = [(["batch", "height", "width"], sizes), (["batch"], {0: batch}), ([], {})]
     if fixed_size and folded.size is None:
         attempts = attempts[1:]
@@ -312,7 +316,7 @@ def _batch(images: Sequence[torch.Tensor], deployed: Deployment, size: tuple[int
 
 
 def _compare(
-    run: Run, cases: Sequence[torch.Tensor], expected: Sequence[Sequence[torch.Tensor]], file: str
+    run: Run, cases: Sequence[torch.Tensor], expected: Sequence[Sequence[torch.Tensor]], file: str, has_classes: bool
 ) -> tuple[float | None, float | None]:
     """Return the largest difference as a share of the largest value, and the share of equal best classes."""
     differences, same, total = [], 0, 0
@@ -332,7 +336,7 @@ def _compare(
             (right[0], found[0]) if not right[0].is_floating_point() else (right[0].argmax(1), found[0].argmax(1))
         )
         same, total = same + int((best == other).sum()), total + best.numel()
-    return max(differences, default=None), same / total
+    return max(differences, default=None), same / total if has_classes else None
 
 
 def _require_equal(file: str, difference: float | None, agreement: float | None) -> None:
@@ -388,7 +392,7 @@ def _metadata(
         else "uint8 (batch, height, width, 3), RGB",
         "input_size": list(input_size),
         "changing": changing,
-        "size_multiple": SIZE_MULTIPLE if plain and "height" in changing else 1,
+        "size_multiple": deployed.multiple if plain and "height" in changing else 1,
         "preprocessing": not plain,
         "mean": deployed.mean.flatten().tolist(),
         "std": deployed.std.flatten().tolist(),
@@ -435,5 +439,16 @@ def _hand_over(staging: Path, target: Path, overwrite: bool) -> None:
     )  # that one is last: then all are there
     if not overwrite and (there := [file.name for file in files if (target / file.name).exists()]):
         raise FileExistsError(f"{target / there[0]} came up meanwhile, and stays: choose another folder")
+    written = {file.name for file in files}
+    for name in _names():  # of an earlier export, perhaps of another model
+        if name not in written:
+            (target / name).unlink(missing_ok=True)
     for file in files:
         file.replace(target / file.name)
+
+
+def _names() -> list[str]:
+    """Return the names that an export can give to files, of every format."""
+    models = [f"model{known.suffix}" for known in FORMATS.values()]
+    scripts = [_script(name) for name in (*FORMATS, "onnx int8")]
+    return [*models, "model.int8.onnx", "model.onnx.data", *scripts, "metadata.json"]

@@ -186,17 +186,22 @@ def _missing_for_aotinductor() -> str:
     wanted = os.environ.get("CXX")
     if any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
         return ""
-    return f"a C++ compiler, and {wanted or 'neither g++ nor clang++'} is there: install one, or name it with CXX"
+    which = f"CXX names {wanted}, which is not there" if wanted else "neither g++ nor clang++ is there"
+    return f"a C++ compiler, and {which}: install one, or name it with CXX"
 
 
 def _write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, Any], outputs: Sequence[str]) -> None:
+    from lk_backbones._private.inductor import aoti_compile_and_package
+
     settings = {"aot_inductor.metadata": _as_text(metadata)}
     with _quiet():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
 def _load_package(path: Path) -> Run:
-    run = torch._inductor.aoti_load_package(str(path))
+    from lk_backbones._private.inductor import aoti_load_package
+
+    run = aoti_load_package(str(path))
 
     def call(image: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():

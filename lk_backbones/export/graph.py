@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
+from lk_backbones._private.smp import EncoderMixin
 from lk_backbones.analysis.levels import is_detector, trunk_of
 from lk_backbones.layers import reparameterize
 from lk_backbones.tasks.base import BaseTask
@@ -21,7 +22,8 @@ __all__ = ["SIZE_MULTIPLE", "Deployment", "Kind", "deployment", "foldable_copy"]
 #: What a graph gives: scores of every pixel, of every class, an encoder's maps, or one vector of a picture.
 Kind = Literal["segmentation", "classification", "features", "embedding"]
 
-#: Sizes that a graph of changing sizes takes are multiples of this: the stride of the coarsest map of any encoder here.
+#: Sizes that a graph of changing sizes takes are multiples of this, the stride of the coarsest map of almost any
+#: encoder, unless the encoder tells its own.
 SIZE_MULTIPLE = 32
 
 
@@ -60,6 +62,10 @@ class Deployment(nn.Module):
         super().__init__()
         self.network, self.kind, self.size, self.padding = network, kind, size, padding
         self.align_corners, self.activation = align_corners, activation
+        trunk = trunk_of(network)
+        stride = getattr(getattr(trunk, "trunk", trunk), "output_stride", None)
+        #: What sizes are multiples of where they may change.
+        self.multiple: int = stride if isinstance(stride, int) else SIZE_MULTIPLE
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -196,6 +202,7 @@ def deployment(
         network = model.model  # type: ignore[assignment]
         if model.hparams.get("loss") == "bce":
             settings["activation"] = "sigmoid"
+    features = features or isinstance(model, EncoderMixin)  # one of smp's, which gives nothing else
     if features:
         network = _Features(trunk_of(model))
     elif is_detector(model):
