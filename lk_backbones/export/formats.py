@@ -148,12 +148,19 @@ def quantize_onnx(path: Path, to: Path, images: Iterable[torch.Tensor], metadata
     prepared = to.with_suffix(".prepared.onnx")
     with _quiet():
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared, load_external_data=False).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        # a product of two maps, such as an average over a grid, has another range at every size
+        unweighted = [
+            node.name for node in graph.node if node.op_type == "MatMul" and not weights.intersection(node.input)
+        ]
         quantization.quantize_static(
             prepared,
             to,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=unweighted,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
