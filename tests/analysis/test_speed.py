@@ -51,6 +51,8 @@ def test_parameters_and_multiply_adds_of_one_image() -> None:
     assert row.parameters == 8 * 27 + 8 + 8 * 256 * 10 + 10
     assert row.macs == 8 * 16 * 16 * 27 + 8 * 256 * 10
     assert row.mean_iou is None
+    with pytest.raises(ValueError, match="^net: mat1 and mat2 shapes cannot be multiplied"):
+        benchmark({"net": model}, ["plain"], (16, 16), seconds=0.001)
 
 
 def test_a_training_step_gives_every_parameter_its_gradient() -> None:
@@ -74,7 +76,6 @@ def test_a_training_step_gives_every_parameter_its_gradient() -> None:
         (["test_resnet", "test_resnet"], "a model is named twice"),
         (["test_resnet", "--modes", "packed", "--dtype", "bfloat16"], "float32 on CPUs only"),
         (["torchvision:fcos_resnet50_fpn"], "is a detector, which cannot be trained without boxes"),
-        (["test_vit", "--input-size", "32", "--modes", "plain"], "test_vit: Input height (32) doesn't match"),
         (["test_resnet", "--modes", "fast"], "invalid choice: 'fast'"),
         (["test_resnet", "--input-size", "400000"], "images of"),
     ],
