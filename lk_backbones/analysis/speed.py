@@ -282,7 +282,10 @@ def _prepared(
     made = made.to(device, memory_format=memory_format)
     if mode == "packed":
         made = prepack_weights(made, inplace=True)
-    return torch.compile(made) if mode == "compiled" else made
+    if mode == "compiled":
+        made = torch.compile(made)
+    prepared: nn.Module = made
+    return prepared
 
 
 def _require_memory(model: nn.Module, shape: tuple[int, ...], modes: Sequence[str]) -> None:

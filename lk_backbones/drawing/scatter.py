@@ -38,7 +38,7 @@ def draw_scatter(
     inside = _WIDTH + _LEFT
     draw.text((MARGIN, MARGIN), shorten_to_width(title, inside, FONT_SIZE), fill=INK, font=font)
     draw.text((MARGIN, MARGIN + LINE), shorten_to_width(y_title, inside, _SMALL), fill=INK, font=small)
-    x_ticks, y_ticks = (_ticks([point[axis] for point in points]) for axis in (1, 2))
+    x_ticks, y_ticks = _ticks([point[1] for point in points]), _ticks([point[2] for point in points])
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])

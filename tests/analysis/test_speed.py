@@ -51,7 +51,7 @@ def test_parameters_and_multiply_adds_of_one_image() -> None:
     assert row.parameters == 8 * 27 + 8 + 8 * 256 * 10 + 10
     assert row.macs == 8 * 16 * 16 * 27 + 8 * 256 * 10
     assert row.mean_iou is None
-    with pytest.raises(ValueError, match="^net: mat1 and mat2 shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"^net: mat1 and mat2 shapes cannot be multiplied"):
         benchmark({"net": model}, ["plain"], (16, 16), seconds=0.001)
 
 
