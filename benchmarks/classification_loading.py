@@ -20,11 +20,11 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from timing import interleave
 from timm.data import create_transform
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
+from lk_backbones.analysis.timing import interleave
 from lk_backbones.data.classification import FileClassificationDataset
 from lk_backbones.data.classification_transforms import Augmentation, PictureSettings, posterize, train_transform
 from lk_backbones.data.sampling import SampleKey

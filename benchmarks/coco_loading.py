@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
-from timing import interleave
 
+from lk_backbones.analysis.timing import interleave
 from lk_backbones.data import CocoDataModule
 from lk_backbones.data.detection_transforms import MULTI_SCALE, SIZES_BEFORE_CROP
 from lk_backbones.data.sampling import SampleKey

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import describe_machine, interleave, peak_memory, save
 from torch import Tensor
 
+from lk_backbones.analysis.timing import describe_machine, interleave, peak_memory, save
 from lk_backbones.ops import depthwise_conv2d, explain
 from lk_backbones.ops._shapes import crop_kernel, taps_inside
 

@@ -24,9 +24,9 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from timing import interleave
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
+from lk_backbones.analysis.timing import interleave
 from lk_backbones.data import ADE20KDataModule, CityscapesDataModule, SegmentationFolderDataModule
 from lk_backbones.data.sampling import SampleKey
 from lk_backbones.data.segmentation import FileSegmentationDataset, SegmentationDataModule

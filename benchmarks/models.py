@@ -24,10 +24,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timing import describe_machine, interleave, peak_memory, save
 from torch import nn
 
 import lk_backbones
+from lk_backbones.analysis.speed import inference_run, training_run
+from lk_backbones.analysis.timing import describe_machine, interleave, peak_memory, save
 from lk_backbones.encoders.pelk import PeLK
 from lk_backbones.encoders.slak import SLaK
 from lk_backbones.encoders.unireplknet import UniRepLKNet
@@ -89,32 +90,13 @@ def create(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def inference(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return model(images)
-
-    return run
-
-
-def step(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
-    model.train()
-
-    def run() -> object:
-        model.zero_grad(set_to_none=True)
-        model(images).square().mean().backward()
-        return None
-
-    return run
-
-
 def contestants(
     ours: str, others: tuple[str, ...], kind: str, batch: int, size: int
 ) -> dict[str, Callable[[], object]]:
     """Every model's run; the timm models in both memory formats, of which the faster counts."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size)
-    make = inference if kind == "inference" else step
+    make = inference_run if kind == "inference" else training_run
     runs: dict[str, Callable[[], object]] = {}
     if kind == "inference":
         runs[ours] = make(lk_backbones.reparameterize(create(ours)), images)
@@ -248,8 +230,8 @@ def main() -> None:
     print(text)
     if arguments.profile:
         for ours, _ in groups:
-            print(profile(inference(lk_backbones.reparameterize(create(ours)), torch.randn(1, 3, size, size))))
-            print(profile(step(create(ours), torch.randn(batch, 3, size, size))))
+            print(profile(inference_run(lk_backbones.reparameterize(create(ours)), torch.randn(1, 3, size, size))))
+            print(profile(training_run(create(ours), torch.randn(batch, 3, size, size))))
 
 
 if __name__ == "__main__":

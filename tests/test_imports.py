@@ -22,7 +22,7 @@ FLOORS = (
     {"heads"},
     {"metrics", "drawing", "data", "callbacks", "tasks"},
     {"repository", "hub"},
-    {"analysis"},
+    {"analysis", "export"},
     {"cli", "run"},
 )
 ROOMS = sorted(set().union(*FLOORS))

@@ -12,7 +12,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lk_backbones.weights.errors import nearest
 
-__all__ = ["Level", "find_map", "is_detector", "normalized_input", "normalizes", "trunk_of"]
+__all__ = ["Level", "find_map", "is_detector", "normalized_input", "normalizes", "tensors_in", "trunk_of"]
 
 #: A feature level by its number, a module by its path, or ``"output"``.
 Level = int | str
@@ -157,7 +157,7 @@ def _feature_maps(trunk: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         output = trunk(x)
     if not isinstance(output, Mapping | list | tuple):
         return recorded
-    found = {name: tensor for name, tensor in _tensors_in(output) if _is_level(tensor, x)}
+    found = {name: tensor for name, tensor in tensors_in(output) if _is_level(tensor, x)}
     if isinstance(output, list | tuple):  # numbered as timm does, where an smp encoder's first maps are not counted
         found = {str(i): tensor for i, tensor in enumerate(found.values())}
     return found or recorded
@@ -265,7 +265,7 @@ def _output_map(model: nn.Module, x: torch.Tensor, level: str) -> tuple[torch.Te
 
 def _only_map(output: Any, level: str, what: str) -> torch.Tensor:
     """Take the one map out of what a module returned."""
-    tensors = dict(_tensors_in(output))
+    tensors = dict(tensors_in(output))
     maps = {key: tensor for key, tensor in tensors.items() if _is_map(tensor) and tensor.shape[1]}
     key = level.removeprefix("output").removeprefix(".") if level.startswith("output") else ""
     if key in maps:
@@ -283,7 +283,7 @@ def _only_map(output: Any, level: str, what: str) -> torch.Tensor:
     raise ValueError(f"{what} holds {len(maps)} maps, {', '.join(map(repr, maps))}: {advice}")
 
 
-def _tensors_in(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Give every tensor in nested lists, tuples and dictionaries with its keys, joined by dots."""
     if isinstance(output, torch.Tensor):
         yield "", output
@@ -294,7 +294,7 @@ def _tensors_in(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(output, Sequence) and not isinstance(output, str):
         items = enumerate(output)
     for key, value in items:
-        for rest, tensor in _tensors_in(value):
+        for rest, tensor in tensors_in(value):
             yield f"{key}.{rest}" if rest else str(key), tensor
 
 

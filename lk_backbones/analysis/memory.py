@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from lk_backbones.analysis.erf import observed, placement
 from lk_backbones.analysis.levels import Level, find_map, normalized_input
+from lk_backbones.analysis.timing import peak_memory
 
-__all__ = ["available_memory", "needed_memory", "require_memory"]
+__all__ = ["available_memory", "needed_memory", "require_memory", "require_memory_to_run"]
 
 #: What is kept for the gradient is counted; what comes and goes beside it (workspaces, gradients) adds about this much.
 _MARGIN = 1.3
@@ -115,3 +117,44 @@ def require_memory(
         f"images of {size[0]} × {size[1]} need about {needed / 2**30:.1f} GiB for {type(model).__name__}, and "
         f"{available / 2**30:.1f} GiB are free: {advice}"
     )
+
+
+def require_memory_to_run(
+    model: nn.Module, run: Callable[[tuple[int, int]], object], size: tuple[int, int], images: int, copies: float
+) -> None:
+    """Refuse a run of a model that the memory is too small for, with what would fit.
+
+    A small image is run, and the most that PyTorch held at once is scaled to the size.
+
+    Args:
+        model: The model; on other devices than CPUs it is left to them to refuse.
+        run: Runs one image of a size ``(height, width)``.
+        size: ``(height, width)`` of the images.
+        images: How many are run at once.
+        copies: How many times the parameters are held, beyond the model itself.
+
+    Raises:
+        ValueError: If more memory is needed than there is.
+    """
+    device = placement(model)[0]
+    available = available_memory(device)
+    if available is None or device.type != "cpu":
+        return
+    weights = round(copies * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+    small = (min(size[0], _PROBE), min(size[1], _PROBE))
+    try:
+        held = peak_memory(lambda: run(small))
+    except (RuntimeError, AssertionError, ValueError):
+        small = size  # some models take images of one size only
+        held = peak_memory(lambda: run(small))
+    maps = round(held * images * (size[0] * size[1]) / (small[0] * small[1]) * _MARGIN)
+    if weights + maps <= available:
+        return
+    needed = f"{(weights + maps) / 2**30:.1f} GiB for {type(model).__name__}, and {available / 2**30:.1f} GiB are free"
+    if weights > available:
+        raise ValueError(
+            f"about {needed}: its weights alone take {weights / 2**30:.1f} GiB, so a smaller model would fit"
+        )
+    largest = int(min(size) * ((available - weights) / maps) ** 0.5) // 32 * 32
+    advice = f"images of {largest} × {largest} would fit" if largest >= 32 else "not even images of 32 × 32 would fit"
+    raise ValueError(f"{images} images of {size[0]} × {size[1]} need about {needed}: {advice}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import analysis, grid, hub, models, recipes, sweep, training
+from lk_backbones.cli import analysis, benchmark, export, grid, hub, models, recipes, sweep, training
 
 __all__ = ["main"]
 
@@ -32,6 +32,8 @@ Large-kernel ConvNets for classification, segmentation and detection.
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
   erf       what a model sees, its effective receptive field: lk-backbones erf MODEL MODEL --pictures FOLDER
   shape-bias  what a classifier goes by, shape or texture: lk-backbones shape-bias MODEL --pictures FOLDER
+  benchmark speed and memory of models, side by side: lk-backbones benchmark MODEL MODEL; --ops of the convolution
+  export    a model as a file for onnxruntime or PyTorch alone: lk-backbones export CHECKPOINT --images FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
@@ -79,6 +81,10 @@ def _run(args: list[str]) -> None:
         analysis.erf(args[1:])
     elif args[0] == "shape-bias":
         analysis.shape_bias(args[1:])
+    elif args[0] == "benchmark":
+        benchmark.run(args[1:])
+    elif args[0] == "export":
+        export.run(args[1:])
     elif args[0] == "convert":
         hub.convert(args[1:])
     else:

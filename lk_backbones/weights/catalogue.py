@@ -24,6 +24,7 @@ __all__ = [
     "identify_published",
     "list_published",
     "published_by_checksum",
+    "published_mean_iou",
     "timm_configurations",
 ]
 
@@ -150,6 +151,24 @@ def identify_published(file: Path) -> PublishedWeights | None:
 def published_by_checksum(sha256: str) -> PublishedWeights | None:
     """Return published weights whose file has this checksum, as far as the catalogue knows it."""
     return next((w for w in _catalogue().values() if w.sha256 and sha256.startswith(w.sha256)), None)
+
+
+def published_mean_iou(architecture: str) -> float | None:
+    """Return what the authors report for an encoder on ADE20K: mean IoU of UPerNet, single-scale, in percent.
+
+    Of several figures it is that of the least data and the smallest pictures, which compares best.
+
+    Args:
+        architecture: Name of the encoder; a tag behind it does not matter.
+
+    Returns:
+        The figure, also where nobody published weights; ``None`` if there is none.
+    """
+    architecture = architecture.partition(".")[0]
+    for weights in list_published(f"upernet_{architecture}.*_ade20k_*", task="segmentation"):
+        return weights.metrics["mean_iou"]
+    figure: float | None = _content()["without_weights"]["mean_iou"].get(architecture)
+    return figure
 
 
 def timm_configurations(family: str, untrained: Iterable[str] = (), **common: Any) -> dict[str, Any]:

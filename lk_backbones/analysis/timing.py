@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,11 +21,19 @@ class Timing:
 
     @property
     def best(self) -> float:
+        """The shortest."""
         return min(self.calls)
 
     @property
     def median(self) -> float:
+        """The one in the middle."""
         return sorted(self.calls)[len(self.calls) // 2]
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Those at a quarter and at three quarters."""
+        calls = sorted(self.calls)
+        return calls[len(calls) // 4], calls[(3 * len(calls)) // 4]
 
 
 def interleave(
@@ -56,6 +65,7 @@ def interleave(
 
 def peak_memory(run: Callable[[], object]) -> int:
     """Most bytes that PyTorch held at once during ``run``, beyond what it held before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports its own steps otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held = peak = 0
