@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from lk_backbones.analysis.erf import observed, one_by_one, placement
+from lk_backbones.analysis.erf import EffectiveReceptiveField, observed, one_by_one, placement
 from lk_backbones.analysis.levels import Level, find_map, is_detector, normalized_input, trunk_of
+from lk_backbones.drawing.canvas import fit_size, to_rgb
+from lk_backbones.drawing.heat_maps import draw_pictures, heat_map, heat_overlay, ratio_lines
 from lk_backbones.tasks import SegmentationTask
 from lk_backbones.tasks.inference import pad_to_multiple, resize
 
-__all__ = ["METHODS", "ActivationMap", "activation_maps"]
+__all__ = ["METHODS", "ActivationMap", "activation_maps", "draw_activation_map"]
 
 #: What a method is called, and its class in the grad-cam package.
 METHODS = {
@@ -34,6 +37,7 @@ METHODS = {
 
 #: Positions of a map up to which its principal component is computed: grad-cam makes a matrix of their square.
 _MOST_POSITIONS = 4096
+_PROBE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,11 +244,60 @@ def _prefix(model: nn.Module) -> str:
     return next((f"{name}." for name, module in model.named_modules() if module is trunk and name), "")
 
 
+def draw_activation_map(
+    image: torch.Tensor,
+    found: ActivationMap,
+    title: str = "activation map",
+    caption: str = "",
+    field: EffectiveReceptiveField | None = None,
+) -> Image.Image:
+    """Draw a picture, its activation map over it, and the effective receptive field of the same model beside them.
+
+    Args:
+        image: ``(C, H, W)`` in [0, 1].
+        found: What `activation_maps` found.
+        title: Of the map.
+        caption: A line at the bottom.
+        field: What `effective_receptive_field` measured, if it is to be shown.
+    """
+    picture = to_rgb(image)
+    picture = picture.resize(fit_size(picture.size, 320, 480), Image.Resampling.BICUBIC)
+    over = heat_overlay(picture, found.matrix)
+    if found.box is not None:
+        scale = picture.width / image.shape[2]
+        box = [side * scale for side in found.box]
+        for drawn in (picture, over):
+            ImageDraw.Draw(drawn).rectangle((box[0], box[1], max(box[2], box[0]), max(box[3], box[1])), outline="white")
+    height, width = found.map_size
+    lines = [f"{found.module}, {height} x {width}"]
+    if found.everywhere:
+        lines.append("predicted nowhere: asked of all pixels")
+    if not found.matrix.any():
+        lines.append("nothing speaks for it: 0 everywhere")
+    panels: list[tuple[str, Image.Image, Sequence[str]]] = [("picture", picture, []), (title, over, lines)]
+    scale_title = "activation over its maximum"
+    if field is not None:
+        measured = heat_map(field.matrix, picture.size)
+        panels.append(("effective receptive field", measured, [field.level, *ratio_lines(field.ratios)]))
+        scale_title += "; field: log10(1 + contribution) over its maximum"
+    return draw_pictures(panels, caption, scale_title)
+
+
 # ---- where ----
 
 
 def _find_module(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[str, bool]:
     """Return the path of the module that returns a level's map, and whether its channels come last."""
+    part = image[:, :, :_PROBE, :_PROBE]  # the map is computed with all that its gradient needs
+    if part.shape != image.shape:
+        try:
+            return _module_of(model, part, level)
+        except ValueError:
+            pass  # some models take images of one size only, and messages tell the sizes of these images' maps
+    return _module_of(model, image, level)
+
+
+def _module_of(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[str, bool]:
     if isinstance(level, str) and (level == "output" or level.startswith("output.")):
         raise ValueError(
             f"level {level!r}: an activation map is of a map inside the model. Choose a feature level by its number "
@@ -252,7 +305,9 @@ def _find_module(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[s
         )
     x = normalized_input(model, _padded(model, image)).detach().requires_grad_()
     calls: list[tuple[str, int, tuple[int, ...]]] = []
-    found = _recorded(model, x, level, lambda name, output: calls.append((name, output.data_ptr(), tuple(output.shape))))
+    found = _recorded(
+        model, x, level, lambda name, output: calls.append((name, output.data_ptr(), tuple(output.shape)))
+    )
     if max(found.shape[2:]) == 1:
         raise ValueError(
             f"level {level!r} of {type(model).__name__} is a single position for images of "
@@ -261,7 +316,7 @@ def _find_module(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[s
     if isinstance(level, str):
         return level, False
     n, channels, height, width = found.shape
-    shapes = {(n, height, width, channels): True, (n, channels, height, width): False}
+    shapes: dict[tuple[int, ...], bool] = {(n, height, width, channels): True, (n, channels, height, width): False}
     # the outermost module that returned it, which comes last; its memory has been in use since
     same = [(name, shapes[shape]) for name, pointer, shape in calls if pointer == found.data_ptr() and shape in shapes]
     if not same:  # what forward_intermediates gives may be a copy
@@ -276,12 +331,14 @@ def _find_module(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[s
         return same[-1]
     alike = ", ".join(repr(name) for name, _, shape in calls[::-1] if shape in shapes)
     raise ValueError(
-        f"level {level} of {type(model).__name__} is not what one of its modules returns: give the path of a module that "
-        f"returns a map (N, C, h, w)" + (f"; of the same size are those of {alike}" if alike else "")
+        f"level {level} of {type(model).__name__} is not what one of its modules returns: give the path of a module "
+        f"that returns a map (N, C, h, w)" + (f"; of the same size are those of {alike}" if alike else "")
     )
 
 
-def _recorded(model: nn.Module, x: torch.Tensor, level: Level, see: Callable[[str, torch.Tensor], None]) -> torch.Tensor:
+def _recorded(
+    model: nn.Module, x: torch.Tensor, level: Level, see: Callable[[str, torch.Tensor], None]
+) -> torch.Tensor:
     """Return the map of a level; on the way every module's map is shown to a function, with the module's path."""
 
     def hook(name: str) -> Callable[..., None]:
@@ -363,8 +420,8 @@ def _answer(model: nn.Module, run: _Run, target: int | None, box: int) -> _Answe
     if not isinstance(output, torch.Tensor) or output.ndim not in (2, 4) or headless:
         got = f"features {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise ValueError(
-            f"{type(model).__name__} returns {got}, and no logits of classes (N, classes) or (N, classes, H, W), and no "
-            f"boxes: it gives no answer to be explained. The method eigencam needs none"
+            f"{type(model).__name__} returns {got}, and no logits of classes (N, classes) or (N, classes, H, W), and "
+            f"no boxes: it gives no answer to be explained. The method eigencam needs none"
         )
     logits = output[0]
     if target is not None and not 0 <= target < len(logits):
@@ -386,8 +443,8 @@ def _box_answer(detected: Mapping[str, torch.Tensor], target: int | None, box: i
     of_label = "" if target is None else f" of label {target}"
     if box < 0 or box >= len(places):
         raise ValueError(
-            f"there is no box {box}{of_label}: {len(places)} were detected{of_label}, from 0. The method eigencam needs "
-            f"none"
+            f"there is no box {box}{of_label}: {len(places)} were detected{of_label}, from 0. The method eigencam "
+            f"needs none"
         )
     place = int(places[scores[places].argsort(descending=True)[box]])
     left, top, right, bottom = detected["boxes"][place].detach().tolist()

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import analysis, grid, hub, models, recipes, training
+from lk_backbones.cli import analysis, grid, hub, looking, models, recipes, training
 
 __all__ = ["main"]
 
@@ -31,6 +31,9 @@ Large-kernel ConvNets for classification, segmentation and detection.
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
   erf       what a model sees, its effective receptive field: lk-backbones erf MODEL MODEL --pictures FOLDER
   shape-bias  what a classifier goes by, shape or texture: lk-backbones shape-bias MODEL --pictures FOLDER
+  cam       what speaks for an answer, activation maps: lk-backbones cam PICTURE --model MODEL --class NAME
+  features  what an encoder makes of a picture, all its levels: lk-backbones features PICTURE --model MODEL
+  demo      a page in the browser to drop pictures on: lk-backbones demo MODEL MODEL
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
@@ -48,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with any_text_can_be_printed():
         try:
             _run(args)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             # What these say is meant for the user; the way to them is not.
             if os.environ.get("LK_BACKBONES_TRACEBACK"):
                 raise
@@ -76,6 +79,12 @@ def _run(args: list[str]) -> None:
         analysis.erf(args[1:])
     elif args[0] == "shape-bias":
         analysis.shape_bias(args[1:])
+    elif args[0] == "cam":
+        looking.cam(args[1:])
+    elif args[0] == "features":
+        looking.features(args[1:])
+    elif args[0] == "demo":
+        looking.demo(args[1:])
     elif args[0] == "convert":
         hub.convert(args[1:])
     else:
