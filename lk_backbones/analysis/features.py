@@ -129,4 +129,4 @@ def draw_feature_pyramid(
         panels.append((title, drawn, [f"{height} x {width}, {channels} channels"]))
     scale_title = "mean magnitude over the channels / its maximum in the level" if show == "mean" else None
     told = "colours: the first three principal components of each level" if show == "pca" else ""
-    return draw_pictures(panels, "; ".join(filter(None, [caption, told])), scale_title)
+    return draw_pictures(panels, "; ".join(filter(None, [told, caption])), scale_title)

@@ -113,8 +113,7 @@ def _cam_figure(
     from lk_backbones.analysis.activation_maps import draw_activation_map
 
     title = found.method if found.target is None else f"{found.method}: {model.class_name(found.target)}"
-    caption = f"{model.named.name}, {_weights(model)}; {path.name}"
-    return draw_activation_map(image, found, title, caption, field)
+    return draw_activation_map(image, found, title, _caption(model, path), field)
 
 
 def _told(model: PictureModel, found: ActivationMap) -> str:
@@ -172,8 +171,8 @@ def _run_features(arguments: argparse.Namespace) -> None:
             pyramid = feature_pyramid(model.model, model.named.normalize(image))
         except ValueError as error:
             raise ValueError(f"{arguments.model}, {path}: {error}") from error
-        caption = f"{model.named.name}, {_weights(model)}; {path.name}"
-        save_png(draw_feature_pyramid(to_rgb(image), pyramid, arguments.show, caption), folder / f"{name}.png")
+        figure = draw_feature_pyramid(to_rgb(image), pyramid, arguments.show, _caption(model, path))
+        save_png(figure, folder / f"{name}.png")
         print(printable(f"{path}: {', '.join(_level(*item) for item in pyramid.items())}"))
     print(printable(f"written: {folder / '*.png'}"))
 
@@ -283,5 +282,8 @@ def _read(model: PictureModel, path: Path) -> Any:
     return model.read(read_image(path))
 
 
-def _weights(model: PictureModel) -> str:
-    return "random weights" if model.named.weights == "random" else f"weights {model.named.weights}"
+def _caption(model: PictureModel, path: Path) -> str:
+    name, weights = model.named.name, model.named.weights
+    name = Path(name).name if Path(name).exists() else name
+    whose = ", random weights" if weights == "random" else "" if weights.startswith("of ") else f", weights {weights}"
+    return f"{name}{whose}; {path.name}"
