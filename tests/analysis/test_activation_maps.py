@@ -81,10 +81,9 @@ def test_what_is_padded_is_no_part_of_the_map(segmentation: SegmentationTask, im
     assert activation_maps(segmentation, images[:1], nowhere)[0].everywhere
 
 
-def test_the_map_of_a_box_lies_where_the_box_is() -> None:
-    """The encoder sees its pixels one by one, so what speaks for a box is inside it or just beside it."""
+def test_the_score_of_a_box_is_explained() -> None:
     torch.manual_seed(0)
-    options = {"fpn_channels": 16, "score_threshold": 0.0}
+    options = {"fpn_channels": 16, "score_thresh": 0.0}
     task = DetectionTask(
         "fcos",
         "replknet_31n",
