@@ -147,7 +147,7 @@ def activation_maps(
 def _grad_cam(method: str) -> Any:
     """Return a method of the grad-cam package, of which only the formula is used, so it gets no model."""
     package = _import_grad_cam()
-    return getattr(package, METHODS[method])(nn.Linear(1, 1), [])
+    return getattr(package, METHODS[method])(nn.BatchNorm2d(1), [])  # any module; this one draws no random numbers
 
 
 def _import_grad_cam() -> ModuleType:

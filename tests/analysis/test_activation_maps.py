@@ -54,7 +54,7 @@ def test_classifiers_agree_with_the_package(method: str, classifier: nn.Module, 
     assert expected.max() > 0.9
     np.testing.assert_allclose(np.stack([one.matrix for one in found]), expected, atol=1e-3)
     if method != "eigencam":
-        assert found[1].score == pytest.approx(float(classifier(images)[1, 4]), abs=1e-5)
+        assert found[1].score == pytest.approx(classifier(images)[1, 4].item(), abs=1e-5)
 
 
 def test_segmentation_agrees_with_the_package(segmentation: SegmentationTask, images: torch.Tensor) -> None:
