@@ -137,7 +137,7 @@ class PictureModel:
             return first + folded.index(text.casefold())
         names = ", ".join(self.class_names[:20]) + (", …" if len(self.class_names) > 20 else "")
         raise ValueError(
-            f"{self.named.name} has no class {shorten(text)}{nearest(text, self.class_names)}. There are "
+            f"{self.named.name} has no class {shorten(text)}{nearest(text, self.class_names)}; there are "
             f"{len(self.class_names)}, from {first}: {names}"
         )
 
