@@ -28,6 +28,8 @@ _LARGEST_FILE = "20mb"
 _MOST_PIXELS = 50_000_000
 #: Models that are kept in memory where visitors may name them.
 _MOST_MODELS = 4
+#: Gradio gives up if its own page does not answer within three seconds, which on a busy machine the first one may not.
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -254,19 +256,27 @@ def launch(page: Any, host: str = "127.0.0.1", port: int | None = None, share: b
     gr = _import_gradio()
     # fonts of the system: the default theme fetches its own from Google
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, url, public = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        theme=theme,
-        footer_links=[],
-        max_file_size=_LARGEST_FILE,
-        enable_monitoring=False,
-        ssr_mode=False,
-    )
+    options: dict[str, Any] = {
+        "server_name": host,
+        "server_port": port,
+        "share": share,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "show_error": False,
+        "theme": theme,
+        "footer_links": [],
+        "max_file_size": _LARGEST_FILE,
+        "enable_monitoring": False,
+        "ssr_mode": False,
+    }
+    for attempt in range(_ATTEMPTS):
+        try:
+            _, url, public = page.launch(**options)
+            break
+        except ValueError as error:
+            page.close(verbose=False)
+            if attempt == _ATTEMPTS - 1:
+                raise OSError(f"the page does not answer on {host}: {error}") from error
     print(printable(f"serving on {url}" + (f" and {public}" if public else "") + ", stop with Ctrl-C"), flush=True)
     if block:
         page.block_thread()
