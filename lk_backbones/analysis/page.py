@@ -224,9 +224,15 @@ def build_page(models: Sequence[str], **options: Any) -> Any:
                 with_field = gr.Checkbox(True, label="Effective receptive field")
                 button = gr.Button("Look", variant="primary", elem_id="look")
             with gr.Column(scale=3):
-                answer = gr.Image(label="Answer", format="png", interactive=False, elem_id="answer")
+                # the figures have titles of their own; Gradio's third button would upload them
+                shown: dict[str, Any] = {
+                    "show_label": False,
+                    "interactive": False,
+                    "buttons": ["download", "fullscreen"],
+                }
+                answer = gr.Image(label="Answer", format="png", elem_id="answer", **shown)
                 table = gr.Dataframe(label="Classes and areas", interactive=False, elem_id="table")
-                inside = gr.Image(label="Inside", format="png", interactive=False, elem_id="inside")
+                inside = gr.Image(label="Inside", format="png", elem_id="inside", **shown)
                 notes = gr.Textbox(label="Notes", visible=False, elem_id="notes")
         inputs = [name, picture, target, method, level, with_field]
         outputs = [answer, table, inside, notes]
