@@ -22,6 +22,7 @@ __all__ = [
     "area_ratios",
     "effective_receptive_field",
     "observed",
+    "one_by_one",
     "placement",
 ]
 
@@ -150,7 +151,7 @@ def effective_receptive_field(
     if device.type == "meta":
         raise ValueError(f"{type(model).__name__} is on the meta device: it has no weights to measure with")
     with observed(model, gradient_checkpointing):
-        for image in _one_by_one(images):
+        for image in one_by_one(images):
             x = image.detach().to(device=device, dtype=dtype, copy=True)
             if total is not None and x.shape[2:] != total.shape:
                 raise ValueError(f"images of one size are expected, got {tuple(x.shape[2:])} after {total.shape}")
@@ -189,7 +190,7 @@ def _gradient(
     return gradient.double().sum((0, 1)).cpu().numpy(), name, (height, width)
 
 
-def _one_by_one(images: torch.Tensor | Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def one_by_one(images: torch.Tensor | Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Give images ``(1, C, H, W)``."""
     for image in [images] if isinstance(images, torch.Tensor) else images:
         if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():

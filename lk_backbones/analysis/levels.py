@@ -12,7 +12,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lk_backbones.weights.errors import nearest
 
-__all__ = ["Level", "find_map", "is_detector", "normalized_input", "normalizes", "tensors_in", "trunk_of"]
+__all__ = [
+    "Level",
+    "feature_maps",
+    "find_map",
+    "is_detector",
+    "normalized_input",
+    "normalizes",
+    "tensors_in",
+    "trunk_of",
+]
 
 #: A feature level by its number, a module by its path, or ``"output"``.
 Level = int | str
@@ -119,7 +128,7 @@ def _feature_level(model: nn.Module, x: torch.Tensor, level: int) -> tuple[torch
         maps = {str(level % count): found[0]}
         index = 0
     else:
-        maps = _feature_maps(trunk, x)
+        maps = feature_maps(trunk, x)
         index = level + len(maps) if level < 0 else level
     names = list(maps)
     if not maps or not 0 <= index < len(maps):
@@ -128,7 +137,7 @@ def _feature_level(model: nn.Module, x: torch.Tensor, level: int) -> tuple[torch
     if not _is_map(found_map) or found_map.shape[1] == 0:
         raise ValueError(
             f"level {level} of {type(model).__name__} is {_describe(found_map)}, no spatial map (N, C, h, w); "
-            f"{_describe_levels(model, maps if count is None else _feature_maps(trunk, x), x)}"
+            f"{_describe_levels(model, maps if count is None else feature_maps(trunk, x), x)}"
         )
     number = level % count if count is not None else index
     return found_map, f"level {number}" + (f", {names[index]}" if names[index] != str(number) else "")
@@ -144,7 +153,7 @@ def _number_of_levels(trunk: nn.Module) -> int | None:
         return None
 
 
-def _feature_maps(trunk: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def feature_maps(trunk: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return all feature levels of an encoder, backbone or other module, by name.
 
     They are those that it offers (timm's ``forward_intermediates``, a list or dictionary that it returns, without the

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 import lk_backbones
 from lk_backbones._printing import any_text_can_be_printed, printable
-from lk_backbones.cli import analysis, benchmark, export, grid, hub, models, recipes, sweep, training
+from lk_backbones.cli import (
+    analysis,
+    benchmark,
+    export,
+    grid,
+    hub,
+    looking,
+    models,
+    recipes,
+    sweep,
+    training,
+)
 
 __all__ = ["main"]
 
@@ -32,6 +43,9 @@ Large-kernel ConvNets for classification, segmentation and detection.
   hub       weights: lk-backbones hub list | pull SOURCE | publish CHECKPOINT --repo you/name
   erf       what a model sees, its effective receptive field: lk-backbones erf MODEL MODEL --pictures FOLDER
   shape-bias  what a classifier goes by, shape or texture: lk-backbones shape-bias MODEL --pictures FOLDER
+  cam       what speaks for an answer, activation maps: lk-backbones cam PICTURE --model MODEL --class NAME
+  features  what an encoder makes of a picture, all its levels: lk-backbones features PICTURE --model MODEL
+  demo      a page in the browser to drop pictures on: lk-backbones demo MODEL MODEL
   benchmark speed and memory of models, side by side: lk-backbones benchmark MODEL MODEL; --ops of the convolution
   export    a model as a file for onnxruntime or PyTorch alone: lk-backbones export CHECKPOINT --images FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
@@ -39,6 +53,23 @@ Large-kernel ConvNets for classification, segmentation and detection.
 `lk-backbones COMMAND --help` explains a command. A checkpoint knows its model and data; flags after --ckpt_path
 override them (--model.inference slide). LK_BACKBONES_TRACEBACK=1 shows where an error comes from.
 """
+
+# The others are Lightning's, which takes their names too.
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "recipes": recipes.run,
+    "sweep": sweep.run,
+    "models": models.run,
+    "grid": grid.run,
+    "hub": hub.run,
+    "convert": hub.convert,
+    "erf": analysis.erf,
+    "shape-bias": analysis.shape_bias,
+    "cam": looking.cam,
+    "features": looking.features,
+    "demo": looking.demo,
+    "benchmark": benchmark.run,
+    "export": export.run,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -51,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with any_text_can_be_printed():
         try:
             _run(args)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             # What these say is meant for the user; the way to them is not.
             if os.environ.get("LK_BACKBONES_TRACEBACK"):
                 raise
@@ -67,25 +98,7 @@ def _run(args: list[str]) -> None:
         print(_USAGE)
     elif args[0] == "--version":
         print(f"lk-backbones {lk_backbones.__version__}")
-    elif args[0] == "recipes":
-        recipes.run(args[1:])
-    elif args[0] == "sweep":
-        sweep.run(args[1:])
-    elif args[0] == "models":
-        models.run(args[1:])
-    elif args[0] == "grid":
-        grid.run(args[1:])
-    elif args[0] == "hub":
-        hub.run(args[1:])
-    elif args[0] == "erf":
-        analysis.erf(args[1:])
-    elif args[0] == "shape-bias":
-        analysis.shape_bias(args[1:])
-    elif args[0] == "benchmark":
-        benchmark.run(args[1:])
-    elif args[0] == "export":
-        export.run(args[1:])
-    elif args[0] == "convert":
-        hub.convert(args[1:])
+    elif args[0] in _COMMANDS:
+        _COMMANDS[args[0]](args[1:])
     else:
         training.run(args)

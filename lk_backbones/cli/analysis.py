@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from lk_backbones.analysis.models import NamedModel
     from lk_backbones.analysis.pictures import Pictures
 
-__all__ = ["erf", "shape_bias"]
+__all__ = [
+    "add_common",
+    "choose_device",
+    "erf",
+    "level_of",
+    "positive",
+    "require_new",
+    "shape_bias",
+    "size_of",
+    "tracked",
+]
 
 
 def erf(args: Sequence[str]) -> None:
@@ -54,9 +64,9 @@ def erf(args: Sequence[str]) -> None:
     source.add_argument("--pictures", metavar="FOLDER", help="measure on its first pictures, in natural order")
     source.add_argument("--scenes", action="store_true", help="measure on drawn street scenes (the default)")
     source.add_argument("--noise", action="store_true", help="measure on noise")
-    parser.add_argument("--num", type=_positive, default=50, help="number of pictures (default: 50, as published)")
+    parser.add_argument("--num", type=positive, default=50, help="number of pictures (default: 50, as published)")
     parser.add_argument(
-        "--size", type=_size, default=(1024, 1024), metavar="PIXELS", help="1024, or 512x1024 (high, wide)"
+        "--size", type=size_of, default=(1024, 1024), metavar="PIXELS", help="1024, or 512x1024 (high, wide)"
     )
     parser.add_argument(
         "--level",
@@ -70,7 +80,7 @@ def erf(args: Sequence[str]) -> None:
     parser.add_argument(
         "--power", type=_share, default=1.0, help="colours of the values to this power; 0.25 shows what is faint"
     )
-    _add_common(parser, "erf")
+    add_common(parser, "erf")
     _run_erf(parser.parse_args(args))
 
 
@@ -83,19 +93,19 @@ def _run_erf(arguments: argparse.Namespace) -> None:
 
     folder, names = Path(arguments.to), _file_names(arguments.models)
     matrices = [folder / f"{name}.npy" for name in names]
-    _require_new([folder / "erf.png", folder / "erf.json", *matrices], arguments.overwrite)
+    require_new([folder / "erf.png", folder / "erf.json", *matrices], arguments.overwrite)
     size = arguments.size
     series = _pictures(arguments, size)
-    level = int(arguments.level) if arguments.level.lstrip("-").isdigit() else arguments.level
+    level = level_of(arguments.level)
     measured: list[tuple[NamedModel, EffectiveReceptiveField]] = []
     for name in arguments.models:
         named = load_named_model(name, arguments.pretrained, arguments.seed)
-        named.model.to(_device(arguments.device))
+        named.model.to(choose_device(arguments.device))
         options = {"level": level, "gradient_checkpointing": arguments.gradient_checkpointing}
         try:
             require_memory(named.model, size, named.in_channels, **options)
             images = (named.normalize(image) for image in series.make(named.in_channels))
-            shown = _tracked(images, name, arguments.num)
+            shown = tracked(images, name, arguments.num)
             field = effective_receptive_field(
                 named.model, shown, relu=not arguments.no_relu, num_images=arguments.num, **options
             )
@@ -204,8 +214,8 @@ def shape_bias(args: Sequence[str]) -> None:
         help="names of the models' classes in order, separated by commas, or one a line in a file; by default "
         "ImageNet's 1000, mapped to 16",
     )
-    parser.add_argument("--batch-size", type=_positive, default=32)
-    _add_common(parser, "shape_bias")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    add_common(parser, "shape_bias")
     _run_shape_bias(parser.parse_args(args))
 
 
@@ -216,20 +226,20 @@ def _run_shape_bias(arguments: argparse.Namespace) -> None:
 
     folder, names = Path(arguments.to), _file_names(arguments.models)
     tables = [folder / f"{name}.csv" for name in names]
-    _require_new([folder / "shape_bias.png", *tables], arguments.overwrite)
+    require_new([folder / "shape_bias.png", *tables], arguments.overwrite)
     classes = _class_names(arguments.classes)
     stimuli = analysis.find_stimuli(arguments.pictures, classes)
     measured: list[tuple[NamedModel, ShapeBias]] = []
     for name in arguments.models:
         named = load_named_model(name, arguments.pretrained, arguments.seed)
-        named.model.to(_device(arguments.device))
+        named.model.to(choose_device(arguments.device))
         try:
             bias = analysis.shape_bias(
                 named.model,
                 stimuli,
                 classes,
                 batch_size=arguments.batch_size,
-                progress=partial(_tracked, name=name),
+                progress=partial(tracked, name=name),
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -287,10 +297,11 @@ def _decisions_as_csv(name: str, bias: ShapeBias) -> str:
     return sheet.getvalue()
 
 
-# ---- what both have in common ----
+# ---- what all have in common ----
 
 
-def _add_common(parser: argparse.ArgumentParser, folder: str) -> None:
+def add_common(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add the options that all commands have which look at models."""
     parser.add_argument("--pretrained", action="store_true", help="default weights for bare names (else random ones)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights, scenes and noise (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
@@ -298,7 +309,8 @@ def _add_common(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over what an earlier run has left there")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number from 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
@@ -312,12 +324,19 @@ def _share(text: str) -> float:
     return number
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
+    """Read a height and width, such as 512x1024, or one number for both."""
     height, _, width = text.lower().replace("×", "x").partition("x")
-    return _positive(height), _positive(width or height)
+    return positive(height), positive(width or height)
 
 
-def _device(name: str | None) -> Any:
+def level_of(text: str) -> int | str:
+    """Read a level: a number, or the path of a module."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def choose_device(name: str | None) -> Any:
+    """Return the device of a name, by default CUDA's where there is one."""
     import torch
 
     try:
@@ -338,7 +357,8 @@ def _file_names(models: Sequence[str]) -> list[str]:
     return [names[key] for key in keys]
 
 
-def _require_new(paths: Iterable[Path], overwrite: bool) -> None:
+def require_new(paths: Iterable[Path], overwrite: bool) -> None:
+    """Refuse to write over files that are there."""
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
@@ -350,7 +370,8 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _tracked(items: Iterable[Any], name: str, total: int | None = None) -> Iterable[Any]:
+def tracked(items: Iterable[Any], name: str, total: int | None = None) -> Iterable[Any]:
+    """Show in a terminal how far a series is."""
     console = Console(stderr=True)
     if not console.is_terminal:
         return items

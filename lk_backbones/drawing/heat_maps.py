@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lk_backbones.drawing.canvas import BACKGROUND, FAINT, FONT_SIZE, INK, LINE, MARGIN
 
-__all__ = ["draw_heat_maps", "heat_map", "ratio_lines", "shorten_to_width"]
+__all__ = ["draw_heat_maps", "draw_pictures", "heat_map", "heat_overlay", "ratio_lines", "shorten_to_width"]
 
 # "inferno" of Smith and van der Walt (CC0), at 17 equal distances: even in lightness, also for colour-blind eyes.
 _COLORS = (
@@ -60,35 +60,70 @@ def draw_heat_maps(
     Returns:
         The figure.
     """
+    pictures = [(title, heat_map(matrix, _fitted(matrix, side), power), lines) for title, matrix, lines in panels]
+    return draw_pictures(pictures, caption, scale_title, columns, power)
+
+
+def draw_pictures(
+    panels: Sequence[tuple[str, Image.Image, Sequence[str]]],
+    caption: str = "",
+    scale_title: str | None = None,
+    columns: int = 4,
+    power: float = 1.0,
+) -> Image.Image:
+    """Put pictures side by side, in rows, under their titles, with a colour bar from 0 to 1 where they are heat maps.
+
+    Args:
+        panels: Title, picture, and lines of text below it.
+        caption: A line at the bottom.
+        scale_title: What the colours of heat maps stand for, below the bar; ``None`` for no bar.
+        columns: Pictures per row.
+        power: As in `heat_map`; the bar's numbers are of the values themselves.
+
+    Returns:
+        The figure.
+    """
     font, note_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(_NOTE_SIZE)
     columns = min(columns, len(panels))
-    sizes = [_fitted(matrix, side) for _, matrix, _ in panels]
-    width = max(max(size[0] for size in sizes), 160)
-    height = max(size[1] for size in sizes)
+    width = max(max(picture.width for _, picture, _ in panels), 160)
+    height = max(picture.height for _, picture, _ in panels)
     notes = max(len(lines) for _, _, lines in panels)
     cell = LINE + height + 6 + notes * _NOTE_LINE + MARGIN
     rows = -(-len(panels) // columns)
     total_width = MARGIN + columns * (width + MARGIN)
     bar_top = MARGIN + rows * cell
+    bar_height = _BAR + _NOTE_LINE + 4 if scale_title is not None else 0
     under = [text for text in (scale_title, caption) if text]
-    total_height = bar_top + _BAR + _NOTE_LINE + 4 + len(under) * _NOTE_LINE + MARGIN
+    total_height = bar_top + bar_height + len(under) * _NOTE_LINE + MARGIN
     figure = Image.new("RGB", (total_width, total_height), BACKGROUND)
     draw = ImageDraw.Draw(figure)
-    for i, (title, matrix, lines) in enumerate(panels):
+    for i, (title, picture, lines) in enumerate(panels):
         row, column = divmod(i, columns)
         left, top = MARGIN + column * (width + MARGIN), MARGIN + row * cell
         draw.text((left, top), shorten_to_width(title, width, FONT_SIZE), fill=INK, font=font)
-        picture = heat_map(matrix, sizes[i], power)
         figure.paste(picture, (left, top + LINE))
         draw.rectangle((left - 1, top + LINE - 1, left + picture.width, top + LINE + picture.height), outline=FAINT)
         for j, line in enumerate(lines):
             y = top + LINE + picture.height + 6 + j * _NOTE_LINE
             draw.text((left, y), shorten_to_width(line, width, _NOTE_SIZE), fill=_GREY, font=note_font)
-    _draw_bar(figure, draw, bar_top, power)
+    if scale_title is not None:
+        _draw_bar(figure, draw, bar_top, power)
     for j, text in enumerate(under):
-        place = (MARGIN, bar_top + _BAR + _NOTE_LINE + 4 + j * _NOTE_LINE)
+        place = (MARGIN, bar_top + bar_height + j * _NOTE_LINE)
         draw.text(place, shorten_to_width(text, total_width - 2 * MARGIN, _NOTE_SIZE), fill=_GREY, font=note_font)
     return figure
+
+
+def heat_overlay(picture: Image.Image, matrix: np.ndarray, opacity: float = 0.6) -> Image.Image:
+    """Lay a heat map over a picture.
+
+    Args:
+        picture: The picture, which sets the size.
+        matrix: ``(H, W)`` in [0, 1], of any size.
+        opacity: Of the heat map, 0 to 1.
+    """
+    smooth = Image.fromarray(np.asarray(matrix, np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    return Image.blend(picture.convert("RGB"), heat_map(np.asarray(smooth)), opacity)
 
 
 def ratio_lines(ratios: Mapping[float, float]) -> list[str]:
