@@ -7,37 +7,36 @@ import csv
 import gc
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
 from lk_backbones._files import OutputNames, write_atomically
 from lk_backbones._printing import printable
+from lk_backbones.cli.arguments import (
+    add_common,
+    choose_device,
+    console,
+    level_of,
+    positive,
+    require_new,
+    size_of,
+    tracked,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from lk_backbones.analysis import EffectiveReceptiveField, ShapeBias
     from lk_backbones.analysis.models import NamedModel
     from lk_backbones.analysis.pictures import Pictures
 
-__all__ = [
-    "add_common",
-    "choose_device",
-    "erf",
-    "level_of",
-    "positive",
-    "require_new",
-    "shape_bias",
-    "size_of",
-    "tracked",
-]
+__all__ = ["erf", "shape_bias"]
 
 
 def erf(args: Sequence[str]) -> None:
@@ -121,8 +120,8 @@ def _run_erf(arguments: argparse.Namespace) -> None:
     for path, (_, field) in zip(matrices, measured, strict=True):
         with write_atomically(path) as file:
             np.save(file, field.contribution)
-    _write_text(folder / "erf.json", json.dumps(_as_json(measured, series, size), indent=2) + "\n")
-    _console().print(_erf_table(measured, caption))
+    write_text(folder / "erf.json", json.dumps(_as_json(measured, series, size), indent=2) + "\n")
+    console().print(_erf_table(measured, caption))
     print(printable(f"written: {folder / 'erf.png'}, {folder / 'erf.json'} and the matrices ({folder / '*.npy'})"))
 
 
@@ -247,11 +246,11 @@ def _run_shape_bias(arguments: argparse.Namespace) -> None:
         gc.collect()
         measured.append((named, bias))
     for path, (named, bias) in zip(tables, measured, strict=True):
-        _write_text(path, _decisions_as_csv(named.name, bias))
+        write_text(path, _decisions_as_csv(named.name, bias))
     results = [(named.name, bias) for named, bias in measured]
     caption = f"{int(results[0][1].counts.sum())} pictures of {arguments.pictures}"
     save_png(analysis.draw_shape_bias(results, caption), folder / "shape_bias.png")
-    _console().print(_shape_bias_table(measured, caption))
+    console().print(_shape_bias_table(measured, caption))
     print(printable(f"written: {folder / 'shape_bias.png'} and the decisions ({folder / '*.csv'})"))
 
 
@@ -297,54 +296,11 @@ def _decisions_as_csv(name: str, bias: ShapeBias) -> str:
     return sheet.getvalue()
 
 
-# ---- what all have in common ----
-
-
-def add_common(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Add the options that all commands have which look at models."""
-    parser.add_argument("--pretrained", action="store_true", help="default weights for bare names (else random ones)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, scenes and noise (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    parser.add_argument("--to", metavar="DIR", default=folder, help=f"folder to write into (default: {folder})")
-    parser.add_argument("--overwrite", action="store_true", help="write over what an earlier run has left there")
-
-
-def positive(text: str) -> int:
-    """Read a number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
-    return number
-
-
 def _share(text: str) -> float:
     number = float(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return number
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """Read a height and width, such as 512x1024, or one number for both."""
-    height, _, width = text.lower().replace("×", "x").partition("x")
-    return positive(height), positive(width or height)
-
-
-def level_of(text: str) -> int | str:
-    """Read a level: a number, or the path of a module."""
-    return int(text) if text.lstrip("-").isdigit() else text
-
-
-def choose_device(name: str | None) -> Any:
-    """Return the device of a name, by default CUDA's where there is one."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _file_names(models: Sequence[str]) -> list[str]:
@@ -355,29 +311,3 @@ def _file_names(models: Sequence[str]) -> list[str]:
     keys = [model if Path(model).is_file() else model.rstrip("/\\").replace(":", "_") + ".npy" for model in models]
     names = OutputNames(keys, alone=True)
     return [names[key] for key in keys]
-
-
-def require_new(paths: Iterable[Path], overwrite: bool) -> None:
-    """Refuse to write over files that are there."""
-    there = [path for path in paths if path.exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise FileExistsError(f"{there[0]}{more} exists: choose another folder with --to, or add --overwrite")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with write_atomically(path) as file:
-        file.write(text.encode())
-
-
-def tracked(items: Iterable[Any], name: str, total: int | None = None) -> Iterable[Any]:
-    """Show in a terminal how far a series is."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return items
-    return track(items, description=printable(name).replace("[", "\\["), total=total, console=console, transient=True)
-
-
-def _console() -> Console:
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)

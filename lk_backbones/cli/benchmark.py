@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lk_backbones._printing import printable
-from lk_backbones.cli.analysis import _console, _device, _positive, _require_new, _size, _write_text
+from lk_backbones.cli.arguments import choose_device, console, positive, require_new, size_of, write_text
 
 if TYPE_CHECKING:
     from lk_backbones.analysis.speed import OperatorSpeed, Speed
@@ -51,12 +51,12 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=["folded", "training"], help="default: folded training"
     )
-    parser.add_argument("--input-size", type=_size, default=(224, 224), metavar="PIXELS", help="224, or 512x1024")
-    parser.add_argument("--batch-size", type=_positive, default=1)
+    parser.add_argument("--input-size", type=size_of, default=(224, 224), metavar="PIXELS", help="224, or 512x1024")
+    parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--memory-format", choices=tuple(_MEMORY_FORMATS), default="contiguous")
-    parser.add_argument("--threads", type=_positive, help="of the CPU (default: PyTorch's)")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's)")
     parser.add_argument(
         "--seconds", type=float, help="for each model and mode (default: 10), or each shape of --ops (0.5)"
     )
@@ -65,7 +65,7 @@ def run(args: Sequence[str]) -> None:
         action="store_true",
         help="time the depthwise convolution instead, beside PyTorch's: maps of 16, 32 and 64, kernels of 3 to 31",
     )
-    parser.add_argument("--channels", type=_positive, default=384, help="of --ops (default: 384, as published)")
+    parser.add_argument("--channels", type=positive, default=384, help="of --ops (default: 384, as published)")
     parser.add_argument("--pretrained", action="store_true", help="default weights for bare names (else random ones)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     parser.add_argument("--to", metavar="DIR", default="benchmark", help="folder to write into (default: benchmark)")
@@ -84,8 +84,8 @@ def _run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.to)
     stem = "operators" if arguments.ops else "models"
     names = [f"{stem}.csv", f"{stem}.md", *([] if arguments.ops else ["models.png"])]
-    _require_new([folder / name for name in names], arguments.overwrite)
-    device, dtype = _device(arguments.device), getattr(torch, arguments.dtype)
+    require_new([folder / name for name in names], arguments.overwrite)
+    device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
     before = torch.get_num_threads()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -118,7 +118,7 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
     if len(set(arguments.models)) != len(arguments.models):
         raise ValueError(f"a model is named twice: {', '.join(arguments.models)}")
     loaded = {name: load_named_model(name, arguments.pretrained, arguments.seed) for name in arguments.models}
-    console = Console(stderr=True)
+    errors = Console(stderr=True)
     rows = benchmark(
         {name: named.model for name, named in loaded.items()},
         list(dict.fromkeys(arguments.modes)),
@@ -129,15 +129,15 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
         dtype=dtype,  # type: ignore[arg-type]
         memory_format=getattr(torch, _MEMORY_FORMATS[arguments.memory_format]),
         seconds=arguments.seconds or 10.0,
-        progress=lambda step: console.print(Text(printable(f"{step} …"))) if console.is_terminal else None,
+        progress=lambda step: errors.print(Text(printable(f"{step} …"))) if errors.is_terminal else None,
     )
     size = arguments.input_size
     caption = (
         f"{_setting(arguments, device)}, {arguments.memory_format}, batch {arguments.batch_size}, {size[0]} × {size[1]}"
     )
     table = _cells(rows)
-    _write_text(folder / "models.csv", _as_csv(rows))
-    _write_text(folder / "models.md", _as_markdown(table, f"{caption}. {_NOTE}"))
+    write_text(folder / "models.csv", _as_csv(rows))
+    write_text(folder / "models.md", _as_markdown(table, f"{caption}. {_NOTE}"))
     written = [folder / "models.csv", folder / "models.md"]
     timed = [row for row in rows if row.mode == _plotted(arguments.modes)]
     if points := [(row.model, row.images_per_second, row.mean_iou) for row in timed if row.mean_iou is not None]:
@@ -145,7 +145,7 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
         figure = draw_scatter(points, "images per second", "mean IoU, % (UPerNet, single-scale)", title, caption)
         save_png(figure, folder / "models.png")
         written.append(folder / "models.png")
-    _console().print(_table(table, "speed", f"{caption}. {_NOTE}"))
+    console().print(_table(table, "speed", f"{caption}. {_NOTE}"))
     if not points:
         print("nobody published a mean IoU on ADE20K for these models, so there is no plot")
     print(printable(f"written: {', '.join(map(str, written))}"))
@@ -241,7 +241,7 @@ def _operators(arguments: argparse.Namespace, folder: Path, device: object, dtyp
     )
     sheet = ["map_size,kernel_size,ours_ms,torch_ms"]
     sheet += [f"{row.map_size},{row.kernel_size},{row.ours_ms:.4f},{row.torch_ms:.4f}" for row in rows]
-    _write_text(folder / "operators.csv", "\n".join([*sheet, ""]))
-    _write_text(folder / "operators.md", _as_markdown(cells, caption))
-    _console().print(_table(cells, "depthwise convolution", caption))
+    write_text(folder / "operators.csv", "\n".join([*sheet, ""]))
+    write_text(folder / "operators.md", _as_markdown(cells, caption))
+    console().print(_table(cells, "depthwise convolution", caption))
     print(printable(f"written: {folder / 'operators.csv'}, {folder / 'operators.md'}"))

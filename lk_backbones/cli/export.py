@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lk_backbones._imagenet import imagenet_names
 from lk_backbones._printing import printable
-from lk_backbones.cli.analysis import _console, _positive, _size
+from lk_backbones.cli.arguments import positive, size_of
 
 if TYPE_CHECKING:
     from lk_backbones.export import Export
@@ -49,7 +49,7 @@ def run(args: Sequence[str]) -> None:
         "--format", action="append", metavar="FORMAT", help="may be given several times (default: onnx)"
     )
     parser.add_argument(
-        "--input-size", type=_size, metavar="PIXELS", help="512, or 512x1024 (high, wide); by default the model's own"
+        "--input-size", type=size_of, metavar="PIXELS", help="512, or 512x1024 (high, wide); by default the model's own"
     )
     parser.add_argument(
         "--fixed-size", action="store_true", help="files that take this size only; else sizes may change"
@@ -66,7 +66,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--images", metavar="FOLDER", help="pictures to compare on and calibrate with; else scenes are drawn"
     )
-    parser.add_argument("--num", type=_positive, default=4, help="how many of them (default: 4)")
+    parser.add_argument("--num", type=positive, default=4, help="how many of them (default: 4)")
     parser.add_argument("--seconds", type=float, default=5.0, help="for the timing (default: 5)")
     parser.add_argument("--pretrained", action="store_true", help="default weights for a bare name (else random ones)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and scenes (default: 0)")
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
         series = scene_pictures(size, arguments.num, arguments.seed)
     else:
         series = noise_pictures(size, arguments.num, arguments.seed)
-    console = Console(stderr=True)
+    errors = Console(stderr=True)
     described: dict[str, Any] = {"source": named.name, "weights": named.weights, "compared_on": series.description}
     if getattr(named.model, "num_classes", None) == 1000 and named.weights != "random" and not arguments.features:
         described["class_names"] = imagenet_names()
@@ -111,11 +111,11 @@ def _run(arguments: argparse.Namespace) -> None:
             description=described,
             seconds=arguments.seconds,
             overwrite=arguments.overwrite,
-            progress=lambda step: console.print(Text(printable(f"{step} …"))) if console.is_terminal else None,
+            progress=lambda step: errors.print(Text(printable(f"{step} …"))) if errors.is_terminal else None,
         )
     except ValueError as error:
         raise ValueError(f"{arguments.model}: {error}") from error
-    _console().print(_table(export, named.name, series.description, size))
+    console().print(_table(export, named.name, series.description, size))
     for note in export.notes:
         print(printable(f"note: {note}"))
     print(printable(f"written: {export.folder}, each file with a program that runs it, and metadata.json"))

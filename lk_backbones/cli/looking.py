@@ -12,7 +12,7 @@ import numpy as np
 
 from lk_backbones._files import OutputNames, write_atomically
 from lk_backbones._printing import printable
-from lk_backbones.cli.analysis import add_common, choose_device, level_of, positive, require_new, size_of, tracked
+from lk_backbones.cli.arguments import add_common, choose_device, level_of, positive, require_new, size_of, tracked
 
 if TYPE_CHECKING:
     import torch
