@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lk_backbones._imagenet import imagenet_names
 from lk_backbones._printing import printable
-from lk_backbones.cli.arguments import positive, size_of
+from lk_backbones.cli.arguments import console, positive, size_of
 
 if TYPE_CHECKING:
     from lk_backbones.export import Export
