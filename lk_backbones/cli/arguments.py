@@ -45,8 +45,13 @@ def positive(text: str) -> int:
 
 def size_of(text: str) -> tuple[int, int]:
     """Read a height and width, such as 512x1024, or one number for both."""
-    height, _, width = text.lower().replace("×", "x").partition("x")
-    return positive(height), positive(width or height)
+    height, cross, width = text.lower().replace("×", "x").partition("x")
+    try:
+        return positive(height), positive(width if cross else height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a height and width such as 512x1024, or one number"
+        ) from None
 
 
 def level_of(text: str) -> int | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lk_backbones._printing import printable
@@ -17,7 +18,7 @@ __all__ = ["run"]
 _WIDE_CENTER_FROM = 101  # pixels, where the paper goes from 5×5 to 7×7
 
 
-def run(args: list[str]) -> None:
+def run(args: Sequence[str]) -> None:
     """Print the grid of a kernel, and draw it if asked to.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ __all__ = ["convert", "run"]
 _METRICS = {"classification": ("top1", "top-1"), "segmentation": ("mean_iou", "mIoU"), "detection": ("box_ap", "AP")}
 
 
-def run(args: list[str]) -> None:
+def run(args: Sequence[str]) -> None:
     """Run ``hub list``, ``hub pull`` or ``hub publish``.
 
     Args:
@@ -65,7 +66,7 @@ def run(args: list[str]) -> None:
     {"list": _list, "pull": _pull, "publish": _publish}[arguments.command](arguments)
 
 
-def convert(args: list[str]) -> None:
+def convert(args: Sequence[str]) -> None:
     """Run ``convert``: a published checkpoint to a folder in our layout.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lk_backbones._printing import printable
 __all__ = ["run"]
 
 
-def run(args: list[str]) -> None:
+def run(args: Sequence[str]) -> None:
     """Print the table.
 
     Args:

@@ -180,23 +180,26 @@ def _train(sweep: Sweep, run: _Run) -> None:
 def _launch(run: _Run, command: list[str]) -> None:
     """Run a command in a process of its own; what ends this one asks that one to save its checkpoint and end."""
     log = run.folder / "output.txt"
+    child = None
     with open(log, "ab") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "lk_backbones.cli", *command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # so that Ctrl+C comes here only
-        )
         try:
+            with _signals_held_back():
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "lk_backbones.cli", *command],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # so that Ctrl+C comes here only
+                )
             status = child.wait()
         except BaseException:
-            child.terminate()
-            try:
-                child.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            if child is not None:
+                child.terminate()
+                try:
+                    child.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
             raise
     if status != 0 or not run.results.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
@@ -204,6 +207,24 @@ def _launch(run: _Run, command: list[str]) -> None:
             f"'{run.cell.name}' with seed {run.seed} ended with status {status}: {shorten(lines[-1], 300)}. All that "
             f"it printed: {log}"
         )
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold back what ends this process until a training is started: it could not be asked to end before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextmanager

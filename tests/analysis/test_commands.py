@@ -124,7 +124,7 @@ def test_pictures_of_a_folder_and_nothing_written_over(folder: Path, capsys: pyt
         (["resnet10t", "--pictures", "nowhere"], "There is no folder nowhere"),
         (["resnet10t", "--size", "32"], "scenes are drawn at 64 × 64 pixels and more"),
         (["resnet10t", "--size", "1000000"], "GiB are free: images of"),
-        (["resnet10t", "--size", "big"], "--size: invalid _size value: 'big'"),
+        (["resnet10t", "--size", "big"], "--size: 'big' must be a height and width such as 512x1024"),
         (["resnet10t", "--num", "0"], "0 must be positive"),
         (["resnet10t", "--power", "2"], "2 must be above 0 and at most 1"),
         (["resnet10t", "--device", "abacus"], "--device abacus"),
