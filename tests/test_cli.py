@@ -39,6 +39,7 @@ SCENES = [
 
 
 KWARGS = {"drop_path_rate": 0.2, "kernel_sizes": 7, "depths": [1, 1, 1, 1]}
+WHOLE = {"kernel_sizes": 7, "depths": [1, 1, 1, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -594,12 +595,9 @@ def test_data_that_know_their_classes_late_leave_the_default(tmp_path: Path, mon
     [
         (["--model.tta_scales", "null"], {"tta_scales": None}),
         (["--model.tta_flip", "false", "--model.tta_scales+", "0.5"], {"tta_flip": False, "tta_scales": [1.0, 0.5]}),
-        (
-            ["--model.encoder_kwargs.drop_path_rate", "0.0"],
-            {"encoder_kwargs": {"drop_path_rate": 0.0, "kernel_sizes": 7}},
-        ),
+        (["--model.encoder_kwargs.drop_path_rate", "0.0"], {"encoder_kwargs": KWARGS | {"drop_path_rate": 0.0}}),
         (["--model.encoder_kwargs.drop_path_rate", "0.1"], {"encoder_kwargs": KWARGS | {"drop_path_rate": 0.1}}),
-        (["--model.encoder_kwargs", '{"kernel_sizes": 7}'], {"encoder_kwargs": {"kernel_sizes": 7}}),
+        (["--model.encoder_kwargs", json.dumps(WHOLE)], {"encoder_kwargs": WHOLE}),  # instead of all of them
         (["--data.test_images", "2"], {}),
     ],
 )
