@@ -154,6 +154,7 @@ class Looker:
         chosen = int(level) if level.strip().lstrip("-").isdigit() else level.strip()
         measured = None
         try:
+            require_memory(model.model, (image.shape[1], image.shape[2]), 3, chosen)
             number = None if target in (_AUTOMATIC, "") else model.find_class(target)
             (found,) = activation_maps(model.model, model.given(image)[None], number, chosen, method)
         except (ValueError, ModuleNotFoundError) as error:
@@ -162,7 +163,6 @@ class Looker:
         if with_field:
             x = model.named.normalize(image)
             try:
-                require_memory(model.model, (x.shape[1], x.shape[2]), 3, chosen)
                 measured = effective_receptive_field(model.model, x[None], chosen)
             except ValueError as error:
                 notes.append(f"effective receptive field: {error}")

@@ -176,7 +176,7 @@ def benchmark(
     for name, model in models.items():
         progress(f"preparing {name}")
         shape = (batch_size, (channels or {}).get(name, 3), *size)
-        model = model.eval()
+        model = copy.deepcopy(model).eval()
         if "training" in modes and is_detector(model):
             raise ValueError(
                 f"{name} is a detector, which cannot be trained without boxes: leave out the mode 'training'"

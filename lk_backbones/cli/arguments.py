@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from lk_backbones._files import write_atomically
 from lk_backbones._printing import printable
@@ -20,7 +21,9 @@ __all__ = [
     "level_of",
     "positive",
     "require_new",
+    "seconds",
     "size_of",
+    "step_printer",
     "tracked",
     "write_text",
 ]
@@ -40,6 +43,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Read a time above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return number
 
 
@@ -91,6 +102,12 @@ def tracked(items: Iterable[Any], name: str, total: int | None = None) -> Iterab
     if not errors.is_terminal:
         return items
     return track(items, description=printable(name).replace("[", "\\["), total=total, console=errors, transient=True)
+
+
+def step_printer() -> Callable[[str], None]:
+    """Return what tells each step of a long work in a terminal, and nothing elsewhere."""
+    errors = Console(stderr=True)
+    return lambda step: errors.print(Text(printable(f"{step} …"))) if errors.is_terminal else None
 
 
 def console() -> Console:

@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from lk_backbones._printing import printable
-from lk_backbones.cli.arguments import choose_device, console, positive, require_new, size_of, write_text
+from lk_backbones.cli.arguments import (
+    choose_device,
+    console,
+    positive,
+    require_new,
+    seconds,
+    size_of,
+    step_printer,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from lk_backbones.analysis.speed import OperatorSpeed, Speed
@@ -58,7 +66,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--memory-format", choices=tuple(_MEMORY_FORMATS), default="contiguous")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's)")
     parser.add_argument(
-        "--seconds", type=float, help="for each model and mode (default: 10), or each shape of --ops (0.5)"
+        "--seconds", type=seconds, help="for each model and mode (default: 10), or each shape of --ops (0.5)"
     )
     parser.add_argument(
         "--ops",
@@ -73,8 +81,6 @@ def run(args: Sequence[str]) -> None:
     arguments = parser.parse_args(args)
     if arguments.ops == bool(arguments.models):
         parser.error("either models are named, or --ops is given")
-    if arguments.seconds is not None and not arguments.seconds > 0:
-        parser.error("--seconds must be positive")
     _run(arguments)
 
 
@@ -118,7 +124,6 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
     if len(set(arguments.models)) != len(arguments.models):
         raise ValueError(f"a model is named twice: {', '.join(arguments.models)}")
     loaded = {name: load_named_model(name, arguments.pretrained, arguments.seed) for name in arguments.models}
-    errors = Console(stderr=True)
     rows = benchmark(
         {name: named.model for name, named in loaded.items()},
         list(dict.fromkeys(arguments.modes)),
@@ -129,7 +134,7 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
         dtype=dtype,  # type: ignore[arg-type]
         memory_format=getattr(torch, _MEMORY_FORMATS[arguments.memory_format]),
         seconds=arguments.seconds or 10.0,
-        progress=lambda step: errors.print(Text(printable(f"{step} …"))) if errors.is_terminal else None,
+        progress=step_printer(),
     )
     size = arguments.input_size
     caption = (

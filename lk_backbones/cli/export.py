@@ -8,13 +8,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from lk_backbones._imagenet import imagenet_names
 from lk_backbones._printing import printable
-from lk_backbones.cli.arguments import console, positive, size_of
+from lk_backbones.cli.arguments import console, positive, seconds, size_of, step_printer
 
 if TYPE_CHECKING:
     from lk_backbones.export import Export
@@ -67,7 +66,7 @@ def run(args: Sequence[str]) -> None:
         "--images", metavar="FOLDER", help="pictures to compare on and calibrate with; else scenes are drawn"
     )
     parser.add_argument("--num", type=positive, default=4, help="how many of them (default: 4)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for the timing (default: 5)")
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="for the timing (default: 5)")
     parser.add_argument("--pretrained", action="store_true", help="default weights for a bare name (else random ones)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and scenes (default: 0)")
     parser.add_argument("--to", metavar="DIR", default="exported", help="folder to write into (default: exported)")
@@ -91,7 +90,6 @@ def _run(arguments: argparse.Namespace) -> None:
         series = scene_pictures(size, arguments.num, arguments.seed)
     else:
         series = noise_pictures(size, arguments.num, arguments.seed)
-    errors = Console(stderr=True)
     described: dict[str, Any] = {"source": named.name, "weights": named.weights, "compared_on": series.description}
     if getattr(named.model, "num_classes", None) == 1000 and named.weights != "random" and not arguments.features:
         described["class_names"] = imagenet_names()
@@ -111,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
             description=described,
             seconds=arguments.seconds,
             overwrite=arguments.overwrite,
-            progress=lambda step: errors.print(Text(printable(f"{step} …"))) if errors.is_terminal else None,
+            progress=step_printer(),
         )
     except ValueError as error:
         raise ValueError(f"{arguments.model}: {error}") from error

@@ -88,11 +88,11 @@ def _run_cam(arguments: argparse.Namespace) -> None:
         image = _read(model, path)
         given = model.given(image)
         try:
+            require_memory(model.model, (image.shape[1], image.shape[2]), 3, level)
             (found,) = activation_maps(model.model, given[None], target, level, arguments.method, box=arguments.box)
             field = None
             if arguments.with_erf:
                 x = model.named.normalize(image)
-                require_memory(model.model, (x.shape[1], x.shape[2]), 3, level)
                 field = effective_receptive_field(model.model, x[None], level)
         except ValueError as error:
             raise ValueError(f"{arguments.model}, {path}: {error}") from error

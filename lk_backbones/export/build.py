@@ -21,11 +21,12 @@ from torch.export import Dim, ExportedProgram
 
 import lk_backbones
 from lk_backbones._files import UNFINISHED
+from lk_backbones.analysis.erf import observed, placement
 from lk_backbones.analysis.memory import require_memory_to_run
 from lk_backbones.analysis.timing import interleave
 from lk_backbones.export.example import example
 from lk_backbones.export.formats import FORMATS, Format, Run, find_format, quantize_onnx
-from lk_backbones.export.graph import SIZE_MULTIPLE, Deployment, deployment, foldable_copy
+from lk_backbones.export.graph import SIZE_MULTIPLE, Deployment, deployment, foldable_copy, labels_of
 from lk_backbones.tasks.base import BaseTask
 
 __all__ = ["CheckedFile", "Export", "export_model", "require_possible"]
@@ -129,102 +130,109 @@ def export_model(
     target, chosen = Path(folder), require_possible(folder, formats, int8, overwrite)
     if not images:
         raise ValueError("pictures are needed to compare on")
-    model = model.eval()
-    channels = len(images[0])
-    if preprocessing and channels != 3:
-        raise ValueError(f"preprocessing is for RGB pictures, and the model takes images of {channels} channels")
-    original = deployment(
-        model,
-        mean,
-        std,
-        features=features,
-        size=input_size if preprocessing else None,
-        pad=fixed_size or preprocessing,
-        channels=channels,
-        probe=input_size if fixed_size or preprocessing else _smallest_probe(input_size),
-    )
-    require_memory_to_run(model, _plain_run(original, channels), input_size, 2, _COPIES)
-    if not preprocessing and not fixed_size and any(side % original.multiple for side in input_size):
+    if placement(model)[0].type != "cpu":
         raise ValueError(
-            f"input size {input_size[0]} × {input_size[1]}: a graph for changing sizes takes multiples of "
-            f"{original.multiple}. Choose such a size, or fix the size, or put the preprocessing into the graph"
+            f"the model is on {placement(model)[0]}: files are written and compared on the CPU, move it there"
         )
-    folded = foldable_copy(original)
-    program, changing, notes = _traced(folded, _batch([images[0]] * 2, original, input_size), fixed_size, progress)
-    cases = [_batch(images[:2], original, input_size)]
-    if len(images) > 2:
-        cases += [_batch([image], original, input_size) for image in images[2:]]
-    if "height" in changing:  # another size than the one that it was traced with
-        other = (input_size[0] + original.multiple, input_size[1] + 2 * original.multiple)
-        cases.append(_batch(images[:1], original, other))
-    if "batch" not in changing:
-        cases = [_batch([image] * 2, original, input_size) for image in images]
-    with torch.no_grad():
-        expected = [list(original(case)) for case in cases]
-    if not all(bool(torch.isfinite(tensor).all()) for outputs in expected for tensor in outputs):
-        raise ValueError(
-            "the model itself gives infinite values or such that are no numbers: there is nothing to compare"
+    with observed(model):
+        channels = len(images[0])
+        if preprocessing and channels != 3:
+            raise ValueError(f"preprocessing is for RGB pictures, and the model takes images of {channels} channels")
+        original = deployment(
+            model,
+            mean,
+            std,
+            features=features,
+            size=input_size if preprocessing else None,
+            pad=fixed_size or preprocessing,
+            channels=channels,
+            probe=input_size if fixed_size or preprocessing else _smallest_probe(input_size),
         )
-    outputs = original.output_names(len(expected[0]))
-    metadata = _metadata(model, original, input_size, changing, outputs) | (description or {})
-    if not metadata["class_names"] and original.kind in ("segmentation", "classification"):
-        with torch.no_grad():
-            (scores,) = folded.scores(cases[0])
-        metadata["class_names"] = [f"class_{i}" for i in range(scores.shape[1])]
-    if isinstance(model, BaseTask) and model.hparams.get("inference") == "slide":
-        notes.append("the task segments in sliding windows: the files hold the network that sees one window")
-    with _staging(target) as staging:
-        runs: dict[str, tuple[str, Run]] = {}
-        for known in chosen:
-            progress(f"writing {known.name}")
-            name = f"model{known.suffix}"
-            try:
-                known.write(program, staging / name, metadata, outputs)
-            except Exception as error:  # whatever a compiler or exporter raises
-                raise ValueError(f"{known.name} could not be written: {_first_line(error)}") from error
-            progress(f"running {name} with {known.runtime}")
-            runs[known.name] = (name, _loaded(known, staging / name))
-        has_classes = original.kind in ("segmentation", "classification")
-        results = {name: _compare(run, cases, expected, file, has_classes) for name, (file, run) in runs.items()}
-        for name, (difference, agreement) in results.items():
-            _require_equal(runs[name][0], difference, agreement)
-        if int8:
-            progress("quantising")
-            onnx = find_format("onnx")
-            calibration = [_batch([image], original, input_size) for image in images]
-            try:
-                quantize_onnx(staging / "model.onnx", staging / "model.int8.onnx", calibration, metadata)
-            except Exception as error:  # whatever a quantiser raises
-                raise ValueError(f"onnxruntime does not quantise the model: {_first_line(error)}") from error
-            runs["onnx int8"] = ("model.int8.onnx", _loaded(onnx, staging / "model.int8.onnx"))
-            results["onnx int8"] = _compare(runs["onnx int8"][1], cases, expected, "model.int8.onnx", has_classes)
-        progress("timing")
-        one = cases[-1] if "batch" not in changing else _batch(images[:1], original, input_size)
-        timings = interleave(_contestants(folded, runs, one), seconds, patience=5000)
-        eager = timings["eager"].median
-        files = [
-            CheckedFile(
-                format=name,
-                file=file,
-                megabytes=sum(path.stat().st_size for path in staging.glob(f"{file}*")) / 1e6,
-                difference=results[name][0],
-                agreement=results[name][1],
-                median_ms=timings[name].median,
-                fastest_ms=timings[name].best,
-                speed=eager / timings[name].median,
+        require_memory_to_run(model, _plain_run(original, channels), input_size, 2, _COPIES)
+        if not preprocessing and not fixed_size and any(side % original.multiple for side in input_size):
+            raise ValueError(
+                f"input size {input_size[0]} × {input_size[1]}: a graph for changing sizes takes multiples of "
+                f"{original.multiple}. Choose such a size, or fix the size, or put the preprocessing into the graph"
             )
-            for name, (file, _) in runs.items()
-        ]
-        for checked in files if channels == 3 else []:  # a picture has no other number
-            runtime = find_format(checked.format.split()[0]).runtime
-            script = _script(checked.format)
-            (staging / script).write_text(example(checked.file, script, runtime, metadata), encoding="utf-8")
-        compared = {"eager_ms": eager, "pictures": len(images), "files": [asdict(checked) for checked in files]}
-        text = json.dumps(metadata | {"compared": compared}, indent=2)
-        (staging / "metadata.json").write_text(f"{text}\n", encoding="utf-8")
-        runs.clear()  # Windows moves no open files
-        _hand_over(staging, target, overwrite)
-    return Export(target, metadata, files, eager, notes)
+        folded = foldable_copy(original)
+        program, changing, notes = _traced(folded, _batch([images[0]] * 2, original, input_size), fixed_size, progress)
+        cases = [_batch(images[:2], original, input_size)]
+        if len(images) > 2:
+            cases += [_batch([image], original, input_size) for image in images[2:]]
+        if "height" in changing:  # another size than the one that it was traced with
+            other = (input_size[0] + original.multiple, input_size[1] + 2 * original.multiple)
+            cases.append(_batch(images[:1], original, other))
+        if "batch" not in changing:
+            cases = [_batch([image] * 2, original, input_size) for image in images]
+        with torch.no_grad():
+            expected = [list(original(case)) for case in cases]
+        if not all(bool(torch.isfinite(tensor).all()) for outputs in expected for tensor in outputs):
+            raise ValueError(
+                "the model itself gives infinite values or such that are no numbers: there is nothing to compare"
+            )
+        outputs = original.output_names(len(expected[0]))
+        metadata = _metadata(model, original, input_size, changing, outputs) | (description or {})
+        if not metadata["class_names"] and original.kind in ("segmentation", "classification"):
+            with torch.no_grad():
+                (scores,) = folded.scores(cases[0])
+            number = scores.shape[1]
+            if number == 1 and original.kind == "segmentation":
+                number = 2  # one logit tells two classes apart
+            metadata["class_names"] = [f"class_{i}" for i in range(number)]
+        if isinstance(model, BaseTask) and model.hparams.get("inference") == "slide":
+            notes.append("the task segments in sliding windows: the files hold the network that sees one window")
+        with _staging(target) as staging:
+            runs: dict[str, tuple[str, Run]] = {}
+            for known in chosen:
+                progress(f"writing {known.name}")
+                name = f"model{known.suffix}"
+                try:
+                    known.write(program, staging / name, metadata, outputs)
+                except Exception as error:  # whatever a compiler or exporter raises
+                    raise ValueError(f"{known.name} could not be written: {_first_line(error)}") from error
+                progress(f"running {name} with {known.runtime}")
+                runs[known.name] = (name, _loaded(known, staging / name))
+            has_classes = original.kind in ("segmentation", "classification")
+            results = {name: _compare(run, cases, expected, file, has_classes) for name, (file, run) in runs.items()}
+            for name, (difference, agreement) in results.items():
+                _require_equal(runs[name][0], difference, agreement)
+            if int8:
+                progress("quantising")
+                onnx = find_format("onnx")
+                calibration = [_batch([image], original, input_size) for image in images]
+                try:
+                    quantize_onnx(staging / "model.onnx", staging / "model.int8.onnx", calibration, metadata)
+                except Exception as error:  # whatever a quantiser raises
+                    raise ValueError(f"onnxruntime does not quantise the model: {_first_line(error)}") from error
+                runs["onnx int8"] = ("model.int8.onnx", _loaded(onnx, staging / "model.int8.onnx"))
+                results["onnx int8"] = _compare(runs["onnx int8"][1], cases, expected, "model.int8.onnx", has_classes)
+            progress("timing")
+            one = cases[-1] if "batch" not in changing else _batch(images[:1], original, input_size)
+            timings = interleave(_contestants(folded, runs, one), seconds, patience=5000)
+            eager = timings["eager"].median
+            files = [
+                CheckedFile(
+                    format=name,
+                    file=file,
+                    megabytes=sum(path.stat().st_size for path in staging.glob(f"{file}*")) / 1e6,
+                    difference=results[name][0],
+                    agreement=results[name][1],
+                    median_ms=timings[name].median,
+                    fastest_ms=timings[name].best,
+                    speed=eager / timings[name].median,
+                )
+                for name, (file, _) in runs.items()
+            ]
+            for checked in files if channels == 3 else []:  # a picture has no other number
+                runtime = find_format(checked.format.split()[0]).runtime
+                script = _script(checked.format)
+                (staging / script).write_text(example(checked.file, script, runtime, metadata), encoding="utf-8")
+            compared = {"eager_ms": eager, "pictures": len(images), "files": [asdict(checked) for checked in files]}
+            text = json.dumps(metadata | {"compared": compared}, indent=2)
+            (staging / "metadata.json").write_text(f"{text}\n", encoding="utf-8")
+            runs.clear()  # Windows moves no open files
+            _hand_over(staging, target, overwrite)
+        return Export(target, metadata, files, eager, notes)
 
 
 def require_possible(
@@ -248,7 +256,7 @@ def require_possible(
     chosen = [find_format(name) for name in dict.fromkeys(formats)]
     if int8 and not any(known.name == "onnx" for known in chosen):
         raise ValueError("int8 quantises the ONNX file: add the format onnx")
-    _require_new(Path(folder), chosen, int8, overwrite)
+    _require_new(Path(folder), overwrite)
     return chosen
 
 
@@ -332,9 +340,7 @@ def _compare(
             if ours.is_floating_point():
                 largest = float((ours - theirs.float()).abs().max())
                 differences.append(largest / max(float(ours.abs().max()), 1e-12) if largest == largest else math.inf)
-        best, other = (
-            (right[0], found[0]) if not right[0].is_floating_point() else (right[0].argmax(1), found[0].argmax(1))
-        )
+        best, other = (out if not out.is_floating_point() else labels_of(out) for out in (right[0], found[0]))
         same, total = same + int((best == other).sum()), total + best.numel()
     return max(differences, default=None), same / total if has_classes else None
 
@@ -409,11 +415,12 @@ def _script(name: str) -> str:
     return f"run_{name.replace('-', '_').replace(' ', '_')}.py"
 
 
-def _require_new(target: Path, chosen: Sequence[Format], int8: bool, overwrite: bool) -> None:
+def _require_new(target: Path, overwrite: bool) -> None:
+    """Refuse a folder with anything that an export could have written: it would be replaced, or stand beside files
+    that it does not belong to."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file: name a folder")
-    files = ["metadata.json", *(f"model{known.suffix}" for known in chosen), *(["model.int8.onnx"] if int8 else [])]
-    there = [target / name for name in files if (target / name).exists()]
+    there = [target / name for name in _names() if (target / name).exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise FileExistsError(f"{there[0]}{more} exists: choose another folder with --to, or add --overwrite")
@@ -434,11 +441,9 @@ def _staging(target: Path) -> Iterator[Path]:
 def _hand_over(staging: Path, target: Path, overwrite: bool) -> None:
     """Give the files their names; what else is in the folder stays."""
     target.mkdir(exist_ok=True)
-    files = sorted(
-        staging.iterdir(), key=lambda path: path.name == "metadata.json"
-    )  # that one is last: then all are there
-    if not overwrite and (there := [file.name for file in files if (target / file.name).exists()]):
-        raise FileExistsError(f"{target / there[0]} came up meanwhile, and stays: choose another folder")
+    # the description is last: then all are there
+    files = sorted(staging.iterdir(), key=lambda path: path.name == "metadata.json")
+    _require_new(target, overwrite)  # they may have come up meanwhile
     written = {file.name for file in files}
     for name in _names():  # of an earlier export, perhaps of another model
         if name not in written:
@@ -451,4 +456,4 @@ def _names() -> list[str]:
     """Return the names that an export can give to files, of every format."""
     models = [f"model{known.suffix}" for known in FORMATS.values()]
     scripts = [_script(name) for name in (*FORMATS, "onnx int8")]
-    return [*models, "model.int8.onnx", "model.onnx.data", *scripts, "metadata.json"]
+    return ["metadata.json", *models, "model.int8.onnx", "model.onnx.data", *scripts]

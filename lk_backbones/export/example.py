@@ -26,7 +26,8 @@ _SHOW = {
     "label_map": """labels, counts = np.unique(outputs[0][0], return_counts=True)
 for label, count in zip(labels, counts):
     print(f"{about['class_names'][label]}: {count / counts.sum():.1%} of the picture")""",
-    "logits_of_pixels": """label_map = outputs[0][0].argmax(axis=0)
+    "logits_of_pixels": """scores = outputs[0][0]
+label_map = scores.argmax(axis=0) if len(scores) > 1 else (scores[0] > 0).astype(int)
 labels, counts = np.unique(label_map, return_counts=True)
 for label, count in zip(labels, counts):
     print(f"{about['class_names'][label]}: {count / counts.sum():.1%} of the picture")""",
@@ -48,7 +49,7 @@ def example(file: str, script: str, runtime: str, metadata: Mapping[str, Any]) -
     """
     picture = 'Image.open(sys.argv[1]).convert("RGB")'
     if metadata["preprocessing"]:
-        prepare = f"image = np.asarray({picture})[None]  # (1, height, width, 3), 8 bits"
+        prepare = f"image = np.array({picture})[None]  # (1, height, width, 3), 8 bits"
         image = "image"
     else:
         height, width = metadata["input_size"]

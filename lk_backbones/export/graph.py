@@ -17,7 +17,7 @@ from lk_backbones.layers import reparameterize
 from lk_backbones.tasks.base import BaseTask
 from lk_backbones.tasks.inference import pad_to_multiple, resize
 
-__all__ = ["SIZE_MULTIPLE", "Deployment", "Kind", "deployment", "foldable_copy"]
+__all__ = ["SIZE_MULTIPLE", "Deployment", "Kind", "deployment", "foldable_copy", "labels_of"]
 
 #: What a graph gives: scores of every pixel, of every class, an encoder's maps, or one vector of a picture.
 Kind = Literal["segmentation", "classification", "features", "embedding"]
@@ -77,10 +77,11 @@ class Deployment(nn.Module):
         if self.kind == "segmentation":
             height, width = image.shape[1:3]
             scores = F.interpolate(outputs[0], (height, width), mode="bilinear", align_corners=self.align_corners)
-            labels = scores.argmax(dim=1)
+            labels = labels_of(scores)
             return (labels.to(torch.uint8) if scores.shape[1] <= 256 else labels,)
         if self.kind == "classification":
-            return (outputs[0].softmax(1) if self.activation == "softmax" else outputs[0].sigmoid(),)
+            softmax = self.activation == "softmax" and outputs[0].shape[1] > 1
+            return (outputs[0].softmax(1) if softmax else outputs[0].sigmoid(),)
         return outputs
 
     def scores(self, image: torch.Tensor, normalized: bool = False) -> tuple[torch.Tensor, ...]:
@@ -123,6 +124,11 @@ class Deployment(nn.Module):
         if self.size is None:
             return ["logits"]
         return ["label_map" if self.kind == "segmentation" else "probabilities"]
+
+
+def labels_of(scores: torch.Tensor) -> torch.Tensor:
+    """Return the best class of scores ``(N, K, ...)`` as ``(N, ...)``; of a single one, 1 where it is above 0."""
+    return scores.argmax(1) if scores.shape[1] > 1 else (scores[:, 0] > 0).long()
 
 
 class _Features(nn.Module):

@@ -116,7 +116,7 @@ def test_torchvision_feature_extraction(name: str, form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "form"), [*PLAIN, *((name, "as trained") for name in SMALL_ENCODERS)])
+@any_form
 def test_fx_quantisation(name: str, form: str) -> None:
     quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has no quantisation of its own")
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")

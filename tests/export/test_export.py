@@ -185,7 +185,7 @@ def test_features_of_an_encoder_by_the_command(tmp_path: Path, monkeypatch: Any,
             assert_golden(ours, theirs, 1e-5)
     with pytest.raises(SystemExit):
         main(["export", name, "--format", "torch-export"])
-    assert "exported/metadata.json and 1 more exists" in " ".join(capsys.readouterr().err.split())
+    assert "exported/metadata.json and 2 more exists" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (7, 6), (16, 23)])
@@ -203,11 +203,12 @@ def test_a_network_of_one_size(tmp_path: Path) -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return self.linear(image.flatten(1))
 
-    export = export_model(
-        Fixed(), tmp_path / "a", pictures(2), ["torch-export"], (64, 64), fixed_size=True, seconds=0.01
-    )
+    model = Fixed().train()
+    export = export_model(model, tmp_path / "a", pictures(2), ["torch-export"], (64, 64), fixed_size=True, seconds=0.01)
     assert export.metadata["changing"] == ["batch"]
     assert export.metadata["outputs"] == ["logits"]
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
     # another export takes the place of this one, with everything that belonged to it; what else is there stays
     (tmp_path / "a" / "model.int8.onnx").touch()
     (tmp_path / "a" / "notes.txt").touch()
@@ -215,6 +216,38 @@ def test_a_network_of_one_size(tmp_path: Path) -> None:
     export_model(Fixed(), tmp_path / "a", pictures(2), ["torch-export"], (64, 64), **options)
     names = ["metadata.json", "model.pt2", "notes.txt", "run_torch_export.py"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+
+
+def test_nothing_of_the_users_is_deleted_unasked(tmp_path: Path) -> None:
+    """A file of another format, which this export would not write, but which would stand beside its description."""
+    (tmp_path / "model.onnx").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"model\.onnx exists: choose another folder"):
+        export_model(net(), tmp_path, pictures(), ["torch-export"], SIZE, fixed_size=True, seconds=0.01)
+    assert (tmp_path / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize("preprocessing", [False, True])
+def test_one_logit_tells_two_classes_apart(preprocessing: bool, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """As of ``smp.Unet(classes=1)``: the best of one class is always that one."""
+    model = net()
+    model.head = nn.Conv2d(16, 1, 1)
+    with torch.no_grad():
+        model.head.bias -= model(torch.stack(pictures())).median()
+    options = {"preprocessing": preprocessing, "fixed_size": not preprocessing, "seconds": 0.01}
+    export = export_model(
+        model, tmp_path / "a", pictures(), ["torch-export"], SIZE, mean=[0, 0, 0], std=[1, 1, 1], **options
+    )
+    assert export.metadata["class_names"] == ["class_0", "class_1"]
+    assert export.files[0].agreement > 0.999
+    pixels = (pictures(1)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "a.png")])
+    runpy.run_path(str(tmp_path / "a" / "run_torch_export.py"))
+    printed = capsys.readouterr().out
+    with torch.no_grad():
+        share = float((model(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255) > 0).float().mean())
+    assert 0.05 < share < 0.95
+    assert float(printed.split("class_1: ")[1].split("%")[0]) / 100 == pytest.approx(share, abs=0.002)
 
 
 def test_a_file_that_gives_something_else_is_not_handed_over(tmp_path: Path, monkeypatch: Any) -> None:
