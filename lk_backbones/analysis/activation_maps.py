@@ -304,10 +304,9 @@ def _module_of(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[str
             f"(-1 for the last), or the path of a module"
         )
     x = normalized_input(model, _padded(model, image)).detach().requires_grad_()
-    calls: list[tuple[str, int, tuple[int, ...]]] = []
-    found = _recorded(
-        model, x, level, lambda name, output: calls.append((name, output.data_ptr(), tuple(output.shape)))
-    )
+    # the maps are kept: memory that is given back would be taken by another map, which then looks like the same
+    maps: list[tuple[str, torch.Tensor, int]] = []
+    found = _recorded(model, x, level, lambda name, output: maps.append((name, output.detach(), output._version)))
     if max(found.shape[2:]) == 1:
         raise ValueError(
             f"level {level!r} of {type(model).__name__} is a single position for images of "
@@ -317,8 +316,16 @@ def _module_of(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[str
         return level, False
     n, channels, height, width = found.shape
     shapes: dict[tuple[int, ...], bool] = {(n, height, width, channels): True, (n, channels, height, width): False}
-    # the outermost module that returned it, which comes last; its memory has been in use since
-    same = [(name, shapes[shape]) for name, pointer, shape in calls if pointer == found.data_ptr() and shape in shapes]
+    calls = [(name, output, version) for name, output, version in maps if output.shape in shapes]
+    # the outermost module that returned it, which comes last, unless it was written over since
+    same = [
+        (name, shapes[output.shape])
+        for name, output, version in calls
+        if output.data_ptr() == found.data_ptr() and output._version == version
+    ]
+    alike = ", ".join(repr(name) for name, _, _ in calls[::-1])
+    calls.clear()
+    maps.clear()
     if not same:  # what forward_intermediates gives may be a copy
 
         def compare(name: str, output: torch.Tensor) -> None:
@@ -329,7 +336,6 @@ def _module_of(model: nn.Module, image: torch.Tensor, level: Level) -> tuple[str
         _recorded(model, x, level, compare)
     if same:
         return same[-1]
-    alike = ", ".join(repr(name) for name, _, shape in calls[::-1] if shape in shapes)
     raise ValueError(
         f"level {level} of {type(model).__name__} is not what one of its modules returns: give the path of a module "
         f"that returns a map (N, C, h, w)" + (f"; of the same size are those of {alike}" if alike else "")

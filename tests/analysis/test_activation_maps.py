@@ -162,6 +162,35 @@ def test_levels_whose_channels_come_last_and_tokens(images: torch.Tensor) -> Non
         activation_maps(vit, images)
 
 
+class Computed(nn.Module):
+    """A level that no module returns, in memory that was a module's map of the same size."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+        self.steps = steps
+
+    def forward_intermediates(self, x: torch.Tensor, **_: object) -> list[torch.Tensor]:
+        y = self.conv(x)
+        if self.steps == 0:
+            return [y.mul_(2)]
+        for _ in range(self.steps):  # the memory of the convolution's map is free from the first step on
+            y = y * 2
+        return [y]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.forward_intermediates(x)[0])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_level_is_not_a_map_that_lay_in_the_same_memory(steps: int, images: torch.Tensor) -> None:
+    kept: list[torch.Tensor] = []
+    for i in range(40 if steps else 1):  # the allocator decides which memory is used again
+        kept.append(torch.rand(1, 16, 4, 6)) if i % 5 else kept.clear()
+        with pytest.raises(ValueError, match=r"is not what one of its modules returns.* same size are those of 'conv'"):
+            activation_maps(Computed(steps), images[:1, :, :4, :6])
+
+
 # ---- features ----
 
 
