@@ -14,6 +14,7 @@ from lk_backbones.tasks.classification import ClassificationTask
 from lk_backbones.tasks.detection import DetectionTask
 from lk_backbones.tasks.openmmlab import openmmlab_state_dict
 from lk_backbones.tasks.segmentation import SegmentationTask
+from lk_backbones.tasks.sync_batchnorm import SyncBatchNorm
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -31,6 +32,7 @@ __all__ = [
     "SamplesSeen",
     "SegmentationTask",
     "ShapeDecisions",
+    "SyncBatchNorm",
     "openmmlab_state_dict",
     "without_encoder_weights",
 ]

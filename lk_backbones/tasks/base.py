@@ -30,6 +30,7 @@ from lk_backbones.tasks.optim import (
     warmup_poly_scheduler,
     warmup_step_scheduler,
 )
+from lk_backbones.tasks.sync_batchnorm import keep_activations
 from lk_backbones.weights.arguments import check_size
 from lk_backbones.weights.errors import WeightMismatchError, WeightsError, shorten
 from lk_backbones.weights.report import check_values
@@ -309,6 +310,7 @@ class BaseTask(L.LightningModule):
                 # plain values only, as checkpoints are read without unpickling
                 values = [tuple(v) if isinstance(v, list | tuple) else v for v in getattr(data, key)]
                 self.hparams[key] = values
+        keep_activations(self.trainer)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
