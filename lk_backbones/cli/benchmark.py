@@ -147,7 +147,8 @@ def _models(arguments: argparse.Namespace, folder: Path, device: object, dtype: 
     timed = [row for row in rows if row.mode == _plotted(arguments.modes)]
     if points := [(row.model, row.images_per_second, row.mean_iou) for row in timed if row.mean_iou is not None]:
         title = f"published mean IoU on ADE20K against speed ({timed[0].mode})"
-        figure = draw_scatter(points, "images per second", "mean IoU, % (UPerNet, single-scale)", title, caption)
+        below = caption.replace("×", "x")  # Pillow's own font lacks it
+        figure = draw_scatter(points, "images per second", "mean IoU, % (UPerNet, single-scale)", title, below)
         save_png(figure, folder / "models.png")
         written.append(folder / "models.png")
     console().print(_table(table, "speed", f"{caption}. {_NOTE}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageDraw, ImageFont
 from torch import nn
 
 from lk_backbones.analysis.speed import benchmark, benchmark_operator, inference_run, training_run
@@ -20,6 +21,11 @@ from lk_backbones.weights.catalogue import published_mean_iou
 def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lk_backbones.analysis.speed.published_mean_iou", {"test_resnet": 42.0}.get)
+    drawn: list[str] = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda s, xy, t, *a, **k: drawn.append(t) or text(s, xy, t, *a, **k)
+    )
     models = ["test_resnet", "test_convnext,in_chans=5"]
     modes = ["plain", "folded", "packed", "training"]
     sizes = ["--input-size", "32x64", "--batch-size", "2", "--seconds", "0.001"]
@@ -40,6 +46,9 @@ def test_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     markdown = Path("benchmark/models.md").read_text()
     assert markdown.count("\n| test_") == len(rows)
     assert Path("benchmark/models.png").is_file()
+    assert any(line.endswith("batch 2, 32 x 64") for line in drawn)
+    glyph = ImageFont.load_default(12).getmask
+    assert not [c for c in set("".join(drawn)) if bytes(glyph(c)) == bytes(glyph("\uffff"))]  # what the font lacks
     with pytest.raises(SystemExit):
         main(["benchmark", *models])
     assert "benchmark/models.csv and 2 more exists" in " ".join(capsys.readouterr().err.split())
