@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -81,8 +83,12 @@ def test_a_task_brings_it_along(options: dict, norms: set[type], tmp_path: Path)
     task = segmentation("mobilenetv2_lk_050")
     data = SyntheticScenesDataModule(image_size=(64, 64), train_images=2, val_images=1, test_images=1, num_workers=0)
     try:
-        # the model is converted before torch refuses such norms on a CPU
-        with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
+        # The model is converted before torch refuses such norms on a CPU. What Lightning leaves in the environment
+        # would tell commands of later tests that somebody else starts their processes, for which they would wait.
+        with (
+            mock.patch.dict(os.environ),
+            pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"),
+        ):
             trainer.fit(task, data)
     finally:
         torch.distributed.destroy_process_group()
