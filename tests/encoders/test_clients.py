@@ -49,10 +49,6 @@ PLAIN = [
 ]
 
 any_form = pytest.mark.parametrize(("name", "form"), ANY_FORM)
-# For clients that trace: that every form can be traced is another test's matter.
-some_forms = pytest.mark.parametrize(
-    ("name", "form"), [(n, f) for n, f in ANY_FORM if f in ("as trained", "packed", "folded, restored")]
-)
 plain = pytest.mark.parametrize(("name", "form"), PLAIN)
 
 
@@ -100,7 +96,7 @@ def test_symbolic_trace(name: str, form: str) -> None:
     assert all(parameter.grad is not None for parameter in traced.parameters())
 
 
-@some_forms
+@any_form
 def test_torchvision_feature_extraction(name: str, form: str) -> None:
     model, x = create(name, form), images()
     train_nodes, eval_nodes = get_graph_node_names(model)
@@ -120,7 +116,7 @@ def test_torchvision_feature_extraction(name: str, form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@some_forms
+@any_form
 def test_fx_quantisation(name: str, form: str) -> None:
     quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has no quantisation of its own")
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
@@ -154,7 +150,7 @@ def test_pt2e_quantisation(name: str) -> None:
         assert_golden(quantized(x), model(x), 0.2)
 
 
-@some_forms
+@any_form
 def test_torchs_flop_counter(name: str, form: str) -> None:
     model = create(name, form)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -139,7 +139,7 @@ def test_script_compile_and_export(small_encoder: str) -> None:
         variants = [
             torch.jit.script(encoder),
             torch.compile(encoder, fullgraph=True, dynamic=True, backend="eager"),
-            torch.export.export(encoder, (x,), strict=False).module(),
+            torch.export.export(encoder, (x,), strict=True).module(),
         ]
         for variant in variants:
             for mine, other in zip(expected, variant(x), strict=True):

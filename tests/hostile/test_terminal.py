@@ -179,6 +179,7 @@ for command in commands:
     [
         pytest.param("cp1252", {"PYTHONIOENCODING": "cp1252"}, True, id="cp1252"),
         pytest.param("ascii", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, False, id="C"),
+        pytest.param("ascii", {"PYTHONIOENCODING": "ascii"}, False, id="ascii"),
     ],
 )
 def test_every_command_prints_to_every_terminal(
