@@ -19,6 +19,9 @@ import lk_backbones
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+if not torch.cuda.is_available():  # kernels for GPUs run as plain Python; Triton reads this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Processes that compute with more threads than there are cores wait for each other most of the time.
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
@@ -50,6 +53,14 @@ def settings_of_torch_stay_within_a_test() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_test_touches_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """On a GPU, every test that convolves would leave what it measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LK_BACKBONES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -48,7 +48,7 @@ def choose_paths(
     (batch, channels, height, width), (kernel_height, kernel_width) = shape, kernel_size
     if dtype == torch.float64:  # oneDNN computes in float32 only
         path = "fft" if kernel_height * kernel_width >= 49 else "native"
-        return Plan(path, path, "float64")
+        return Plan(path, path, path, "float64")
     lanes = 16 if instructions == "AVX512" else 8
     taps = taps_inside(height, kernel_height) * taps_inside(width, kernel_width)
     taps = math.ceil(taps * math.ceil(channels / lanes) * lanes / channels)
@@ -72,9 +72,11 @@ def choose_paths(
         forward = "native"
     else:
         forward = "direct"
+    backward = "fft" if possible and fft_backward < direct_backward else "direct"
     return Plan(
         forward,
-        "fft" if possible and fft_backward < direct_backward else "direct",
+        backward,
+        backward,
         f"{instructions}, {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
         f"fft over direct: {fft_forward / direct_forward:.2f} forward, {fft_backward / direct_backward:.2f} backward",
     )

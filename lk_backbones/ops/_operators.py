@@ -7,8 +7,9 @@ any order work.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ from lk_backbones.ops._shapes import (
     split_phases,
     uncrop,
 )
+from lk_backbones.ops._tuning import KINDS, Choice, Kind, Problem
+
+MEASURING = ("auto", "lookup")  # methods that what was measured counts for
+
+
+def device_type(tensor: Tensor) -> str:
+    """Return the type of the device whose paths a tensor's convolution takes."""
+    return tensor.device.type
 
 
 def pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
@@ -69,7 +78,8 @@ def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bo
 def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
     """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
     if method == "auto" and native_is_best(device, weight, dilation):
-        return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
+        reason = f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}"
+        return Plan("native", "native", "native", reason)
     return _cached_plan(
         input.shape,
         weight.shape,
@@ -78,6 +88,8 @@ def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: s
         dilation,
         resolve_method(method),
         device,
+        _cuda.precision(input.dtype) if device == "cuda" else "ieee",
+        _index(input) if device == "cuda" else 0,
     )
 
 
@@ -90,25 +102,148 @@ def _cached_plan(
     dilation: tuple[int, int],
     method: str,
     device: str,
+    precision: str,
+    index: int,
 ) -> Plan:
     if 0 in input_shape:
-        return Plan("native", "native", "the input is empty")
+        return Plan("native", "native", "native", "the input is empty")
     if method == "native" or (method == "direct" and device != "cpu"):
-        return Plan("native", "native", f"method {method!r} asked for")
-    if method != "auto":
-        return Plan(method, method, f"method {method!r} asked for")
-    (batch, channels, height, width), whole_kernel = input_shape, (weight_shape[2], weight_shape[3])
-    rows, columns = phase_size((height, width), dilation)
-    shape = (batch * dilation[0] * dilation[1], channels, rows, columns)
-    kernel_size = crop_kernel(whole_kernel, (rows, columns))
+        return Plan("native", "native", "native", f"method {method!r} asked for")
+    shape, kernel_size = _dense(input_shape, weight_shape, dilation)
+    forced = {"cpu": ("direct", "fft"), "cuda": ("fft", "triton", "cudnn", "aten")}.get(device, ("fft",))
+    lacking = ""
+    if method in forced:
+        if device != "cuda" or _cuda.can_compute(method, shape, kernel_size, dtype, index):
+            return Plan(method, method, method, f"method {method!r} asked for")
+        lacking = f"method {method!r} asked for, which is not to be had for this device and dtype; "
     if device == "cuda":
-        return _cuda.choose_paths(shape, kernel_size, dtype)
+        plan = _cuda.choose_paths(shape, kernel_size, dtype, index)
+        return replace(plan, reason=lacking + plan.reason)
+    whole_kernel = weight_shape[2], weight_shape[3]
     chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last)
     if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
     narrow = _cpu.is_narrow(whole_kernel[1], dilation)
-    return Plan("native" if narrow else "direct", chosen.backward, chosen.reason)
+    return replace(chosen, forward="native" if narrow else "direct")
+
+
+def _dense(
+    input_shape: Sequence[int], weight_shape: Sequence[int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """Shape of the maps and size of the kernel that are computed with: no dilation, no tap out of reach."""
+    batch, channels, height, width = input_shape
+    rows, columns = phase_size((height, width), dilation)
+    kernel_size = crop_kernel((weight_shape[2], weight_shape[3]), (rows, columns))
+    return (batch * dilation[0] * dilation[1], channels, rows, columns), kernel_size
+
+
+def _index(input: Tensor) -> int:
+    """Index of the CUDA device of a tensor; of one on another device, that of the current one."""
+    if input.is_cuda:
+        return input.get_device()
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _problem(kind: Kind, input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Problem:
+    return Problem(
+        kind,
+        tuple(input.shape),
+        _kernel_size(weight),
+        dilation,
+        input.dtype,
+        is_channels_last(input),
+        _cuda.precision(input.dtype),
+        _index(input),
+    )
+
+
+def measured_plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
+    """Choose the paths as `plan_for`, or as was measured on the device at hand where that counts."""
+    plan = plan_for(input, weight, dilation, method, device)
+    if device != "cuda" or not _measuring_counts(input, weight, dilation, method):
+        return plan
+    for kind in KINDS:
+        problem = _problem(kind, input, weight, dilation)
+        if (choice := _cuda.tuner.look_up(problem, _can_compute(problem))) is not None:
+            reason = f"measured on {_cuda.device_name(problem.device)}"
+            missing = [other for other in KINDS if other not in plan.milliseconds and other != kind]
+            if missing:
+                reason += f"; {', '.join(other.replace('_', ' ') for other in missing)} {plan.reason}"
+            plan = replace(
+                plan, **{kind: choice.path}, milliseconds={**plan.milliseconds, kind: dict(choice.milliseconds)}
+            )
+    return plan
+
+
+def _measuring_counts(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str) -> bool:
+    """Return whether what was measured on a CUDA device decides about a problem."""
+    return (
+        resolve_method(method) in MEASURING
+        and not native_is_best("cuda", weight, dilation)
+        and 0 not in input.shape
+        and not _cuda.must_follow_rule()
+    )
+
+
+def _can_compute(problem: Problem) -> Callable[[str], bool]:
+    shape, kernel_size = _dense(problem.shape, (0, 0, *problem.kernel_size), problem.dilation)
+    return lambda path: _cuda.can_compute(path, shape, kernel_size, problem.dtype, problem.device)
+
+
+Operands = tuple[Tensor | None, ...]
+
+
+def _path(
+    kind: Kind,
+    compute: Callable[[str, Operands], Tensor],
+    operands: Operands,
+    input: Tensor,
+    weight: Tensor,
+    dilation: tuple[int, int],
+    method: str,
+) -> str:
+    """Choose the path of one result on a CUDA device: what was measured, measuring if need be, else by rule.
+
+    Args:
+        kind: Which result.
+        compute: Computes it by a path from operands.
+        operands: The numbers at hand.
+        input: ``(N, C, H, W)``.
+        weight: ``(C, 1, kH, kW)``.
+        dilation: Of rows and columns.
+        method: As `depthwise_conv2d`.
+    """
+    if _measuring_counts(input, weight, dilation, method):
+        problem = _problem(kind, input, weight, dilation)
+        choice = _cuda.tuner.look_up(problem, _can_compute(problem))
+        if choice is None and resolve_method(method) == "auto":
+            choice = _measure(problem, compute, operands)
+        if choice is not None:
+            return choice.path
+    planned: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)
+    return planned
+
+
+def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], operands: Operands) -> Choice | None:
+    shape, kernel_size = _dense(problem.shape, (0, 0, *problem.kernel_size), problem.dilation)
+    paths = _cuda.candidates(problem.kind, shape, kernel_size, problem.dtype, problem.channels_last, problem.device)
+
+    def candidates(operands: Operands) -> dict[str, Callable[[], Tensor]]:
+        return {path: functools.partial(compute, path, operands) for path in paths}
+
+    def made_up() -> dict[str, Callable[[], Tensor]]:
+        generator = torch.Generator(problem_device).manual_seed(0)  # the program's random numbers stay as they are
+        return candidates(
+            tuple(
+                None if operand is None else torch.empty_like(operand).normal_(generator=generator)
+                for operand in operands
+            )
+        )
+
+    problem_device = next(operand.device for operand in operands if operand is not None)
+    with torch.no_grad():
+        return _cuda.tuner.measure(problem, candidates(operands), "native", made_up)
 
 
 def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:
@@ -119,17 +254,45 @@ def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     """Output ``(N, C, H, W)``, in the memory format of ``input``."""
-    device, dilation = input.device.type, pair(dilation)
-    path = plan_for(input, weight, dilation, method, device).forward
-    with _without_autocast(device):
-        if path == "native":
-            output = native(input, weight, bias, dilation)
-        else:
-            maps, kernel = _prepare(input, weight, dilation)
-            backend = _cuda if device == "cuda" else _cpu
-            output = backend.convolve(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
-            output = join_phases(output, _map_size(input), dilation)
-        return in_format(output.to(input.dtype), memory_format(input))
+    device, dilation = device_type(input), pair(dilation)
+    with _without_autocast(input.device.type):
+        if device != "cuda":
+            path = plan_for(input, weight, dilation, method, device).forward
+            return _convolve_by(path, (input, weight, bias), dilation)
+        compute = functools.partial(_convolve_by, dilation=dilation)
+        path = _path("forward", compute, (input, weight, bias), input, weight, dilation, method)
+        return _convolve_by(path, (input, weight, bias), dilation)
+
+
+def _convolve_by(path: str, operands: Operands, dilation: tuple[int, int]) -> Tensor:
+    """Output by a path, from input, weight and bias."""
+    input, weight, bias = operands
+    assert input is not None
+    assert weight is not None
+    if _is_native(path):
+        output = _native_by(path, native, (input, weight, bias), dilation)
+    else:
+        maps, kernel = _prepare(input, weight, dilation, path)
+        backend = _cuda if device_type(input) == "cuda" else _cpu
+        output = backend.convolve(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
+        output = join_phases(output, _map_size(input), dilation)
+    return in_format(output.to(input.dtype), memory_format(input))
+
+
+def _is_native(path: str) -> bool:
+    return path == "native" or path in _cuda.LIBRARIES or path in _cuda.FORMATS
+
+
+def _native_by(path: str, run: Callable[..., Any], operands: Operands, *arguments: Any) -> Any:
+    """PyTorch's own operator, told how; the weight has no memory format that matters."""
+    if path in _cuda.FORMATS:
+        wanted = _cuda.FORMATS[path]
+        operands = tuple(
+            operand if operand is None or operand.dim() != 4 else operand.contiguous(memory_format=wanted)
+            for operand in operands
+        )
+    with _cuda.told(path):
+        return run(*operands, *arguments)
 
 
 convolution_op = torch.library.custom_op(
@@ -154,28 +317,77 @@ def _gradients(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``input`` and ``weight``, each in the layout of what it belongs to; empty where not wanted."""
-    device, dilation = input.device.type, pair(dilation)
-    path = plan_for(input, weight, dilation, method, device).backward
-    with _without_autocast(device):
-        if path == "native":
-            grad_input, grad_weight = _native_backward(grad_output, input, weight, dilation, output_mask)
-        elif path == "direct" and device == "cpu" and _cpu.is_narrow(weight.shape[3], dilation):
-            maps, kernel = _at_least_float32(input, weight)
-            grad_maps = grad_output.to(maps.dtype)
-            grad_input, grad_weight = _cpu.gradients(grad_maps, maps, kernel, path, output_mask, dilation)
+    device, dilation = device_type(input), pair(dilation)
+    operands = grad_output, input, weight
+    results: list[Tensor | None] = [None, None]
+    with _without_autocast(input.device.type):
+        paths: tuple[str, str]
+        if device != "cuda":
+            plan = plan_for(input, weight, dilation, method, device)
+            paths = plan.input_gradient, plan.weight_gradient
         else:
-            maps, kernel = _prepare(input, weight, dilation)
-            grad_maps = split_phases(grad_output.to(maps.dtype), dilation)
-            backend = _cuda if device == "cuda" else _cpu
-            grad_input, grad_weight = backend.gradients(grad_maps, maps, kernel, path, output_mask)
-            if grad_input is not None:
-                grad_input = join_phases(grad_input, _map_size(input), dilation)
-            if grad_weight is not None:
-                grad_weight = uncrop(grad_weight, _kernel_size(weight))
+            input_path, weight_path = (
+                _path(
+                    kind,
+                    functools.partial(_gradient_by, which=which, dilation=dilation),
+                    operands,
+                    input,
+                    weight,
+                    dilation,
+                    method,
+                )
+                if output_mask[which]
+                else ""
+                for which, kind in enumerate(KINDS[1:])
+            )
+            paths = input_path, weight_path
+        if paths[0] == paths[1]:
+            results[:] = _gradients_by(paths[0], operands, dilation, output_mask)
+        else:
+            for which, wanted in enumerate(output_mask):
+                if wanted:
+                    results[which] = _gradient_by(paths[which], operands, which, dilation)
         return (
-            _absent(input) if grad_input is None else in_format(grad_input.to(input.dtype), memory_format(input)),
-            _absent(weight) if grad_weight is None else _laid_out_like(weight, grad_weight),
+            _absent(input) if results[0] is None else results[0],
+            _absent(weight) if results[1] is None else results[1],
         )
+
+
+def _gradient_by(path: str, operands: Operands, which: int, dilation: tuple[int, int]) -> Tensor:
+    """Gradient of the input (0) or of the weight (1) by a path."""
+    gradient = _gradients_by(path, operands, dilation, [which == 0, which == 1])[which]
+    assert gradient is not None
+    return gradient
+
+
+def _gradients_by(
+    path: str, operands: Operands, dilation: tuple[int, int], output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by a path, from the gradient of the output, input and weight; each in the layout of its own."""
+    grad_output, input, weight = operands
+    assert grad_output is not None
+    assert input is not None
+    assert weight is not None
+    on_cpu = device_type(input) != "cuda"
+    if _is_native(path):
+        grad_input, grad_weight = _native_by(path, _native_backward, operands, dilation, output_mask)
+    elif path == "direct" and on_cpu and _cpu.is_narrow(weight.shape[3], dilation):
+        maps, kernel = _at_least_float32(input, weight)
+        grad_maps = grad_output.to(maps.dtype)
+        grad_input, grad_weight = _cpu.gradients(grad_maps, maps, kernel, path, output_mask, dilation)
+    else:
+        maps, kernel = _prepare(input, weight, dilation, path)
+        grad_maps = split_phases(grad_output.to(maps.dtype), dilation)
+        backend = _cpu if on_cpu else _cuda
+        grad_input, grad_weight = backend.gradients(grad_maps, maps, kernel, path, output_mask)
+        if grad_input is not None:
+            grad_input = join_phases(grad_input, _map_size(input), dilation)
+        if grad_weight is not None:
+            grad_weight = uncrop(grad_weight, _kernel_size(weight))
+    return (
+        None if grad_input is None else in_format(grad_input.to(input.dtype), memory_format(input)),
+        None if grad_weight is None else _laid_out_like(weight, grad_weight),
+    )
 
 
 gradients_op = torch.library.custom_op(
@@ -219,9 +431,10 @@ def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(grad_weight)
 
 
-def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return maps and kernel to compute with: at least float32, no dilation, no tap out of reach."""
-    input, weight = _at_least_float32(input, weight)
+def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int], path: str) -> tuple[Tensor, Tensor]:
+    """Return maps and kernel that a path computes with: no dilation, no tap out of reach, float32 if it needs that."""
+    if not _cuda.keeps_half_precision(path):
+        input, weight = _at_least_float32(input, weight)
     maps = split_phases(input, dilation)
     return maps, crop(weight, _map_size(maps))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lk_backbones._private.torch import functorch_is_active, uses_forward_gradients
 
-Method = Literal["auto", "direct", "fft", "native"]
+Method = Literal["auto", "lookup", "rule", "direct", "fft", "native", "triton", "cudnn", "aten"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 ENVIRONMENT_VARIABLE = "LK_BACKBONES_DEPTHWISE"
@@ -21,19 +22,43 @@ ENVIRONMENT_VARIABLE = "LK_BACKBONES_DEPTHWISE"
 class Plan:
     """The paths that a depthwise convolution takes.
 
+    Paths are ``"direct"`` (CPU: in the spatial domain, arranged for speed), ``"fft"`` (through Fourier transforms),
+    ``"native"`` (PyTorch's own operator, as it runs without this package) and, on CUDA devices, ``"triton"`` (products
+    on tensor cores; with a suffix, cut up in another way), ``"cudnn"`` and ``"aten"`` (PyTorch's operator, told which
+    of its two libraries to use) and ``"native-contiguous"`` and ``"native-channels_last"`` (PyTorch's operator in the
+    other memory format).
+
     Attributes:
-        forward: Path of the output: ``"direct"`` (in the spatial domain, arranged for speed), ``"fft"`` (through
-            Fourier transforms) or ``"native"`` (PyTorch's own operator, as it runs without this package).
-        backward: Path of both gradients.
+        forward: Path of the output.
+        input_gradient: Path of the gradient of the input.
+        weight_gradient: Path of the gradient of the weight.
         reason: Why, in words.
+        milliseconds: Where paths were timed on this device: for ``"forward"``, ``"input_gradient"`` and
+            ``"weight_gradient"`` the time of each path.
     """
 
     forward: str
-    backward: str
+    input_gradient: str
+    weight_gradient: str
     reason: str
+    milliseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+
+    @property
+    def backward(self) -> str:
+        """Path of both gradients; two names with a plus if they differ."""
+        paths = dict.fromkeys((self.input_gradient, self.weight_gradient))
+        return "+".join(paths)
 
     def __str__(self) -> str:
-        return f"forward {self.forward}, backward {self.backward}: {self.reason}"
+        if self.input_gradient == self.weight_gradient:
+            backward = f"backward {self.input_gradient}"
+        else:
+            backward = f"input gradient {self.input_gradient}, weight gradient {self.weight_gradient}"
+        lines = [f"forward {self.forward}, {backward}: {self.reason}"]
+        for kind, times in self.milliseconds.items():
+            measured = ", ".join(f"{path} {time:.3f}" for path, time in sorted(times.items(), key=lambda item: item[1]))
+            lines.append(f"  {kind.replace('_', ' ')}, ms: {measured}")
+        return "\n".join(lines)
 
 
 def resolve_method(method: str) -> str:

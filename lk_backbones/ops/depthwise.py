@@ -47,12 +47,12 @@ def depthwise_conv2d(
     dilation = _operators.pair(dilation)
     if wants_plain_convolution(input, weight):
         return _operators.native(input, weight, bias, dilation)
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     _check(input, weight, bias, method)
+    device = _operators.device_type(input)
     if method == "native" or (method == "auto" and _operators.native_is_best(device, weight, dilation)):
         return _operators.native(input, weight, bias, dilation)
     if input.dim() == 3:
@@ -60,7 +60,7 @@ def depthwise_conv2d(
     wants_gradient = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    inference = not (wants_gradient or torch.compiler.is_compiling())
+    inference = not (wants_gradient or torch.compiler.is_compiling() or device == "cuda")
     if inference and _operators.plan_for(input, weight, dilation, method, device).forward == "native":
         return _operators.native(input, weight, bias, dilation)
     return _operators.apply(input, weight, bias, dilation, method)
@@ -93,7 +93,9 @@ def explain(
     dilation = _operators.pair(dilation)
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
-    return _operators.plan_for(input, weight, dilation, method, input.device.type if device is None else device)
+    return _operators.measured_plan(
+        input, weight, dilation, method, _operators.device_type(input) if device is None else device
+    )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,354 @@
+"""Choosing a path by measuring: on the device at hand, once per class of shapes, remembered in a file.
+
+Which of several ways to compute is fastest depends on the card, the shape and the library releases. Rather than guess,
+every candidate computes the very problem that came up; those whose numbers agree with the reference are timed, and the
+fastest is taken from then on for all problems of the class. Classes are coarse in the batch and in the size of maps, so
+that inputs of varying size are not measured forever.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from lk_backbones._files import write_atomically
+
+__all__ = ["FOLDER_VARIABLE", "KINDS", "Choice", "Kind", "Problem", "Tuner", "cache_file", "disagreement"]
+
+Kind = Literal["forward", "input_gradient", "weight_gradient"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+FOLDER_VARIABLE = "LK_BACKBONES_CACHE"
+FORMAT = 1  # of the file; one of another format is begun anew
+LARGEST_FILE = 16 * 2**20  # bytes: tens of thousands of classes; what is larger was not written here
+PATIENCE = 5.0  # seconds to wait for the file's lock, whose holders need milliseconds
+SAMPLES = 5  # timed runs, of which the median counts
+SLOW = 3.0  # a candidate that takes this many times as long as the best so far is timed once
+ATTEMPTS = 3  # on numbers that cannot be compared, before made-up ones take their place
+
+_log = logging.getLogger(__name__)
+
+
+class Problem(NamedTuple):
+    """What is to be computed.
+
+    Attributes:
+        kind: Which of the three results.
+        shape: Of the input, ``(N, C, H, W)``.
+        kernel_size: ``(kH, kW)``.
+        dilation: ``(dH, dW)``.
+        dtype: Of the operands.
+        channels_last: Whether the input is laid out in channels_last.
+        precision: Of products of float32: ``"ieee"`` or ``"tf32"``.
+        device: Index of the device.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    channels_last: bool
+    precision: str
+    device: int
+
+    def describe(self) -> dict[str, str]:
+        """Say which class it belongs to, in words, beside the device and the releases."""
+        batch, channels, height, width = self.shape
+        dtype = str(self.dtype).removeprefix("torch.")
+        # Rows of whole vectors of 16 bytes need no copy; whether they are decides as much as the size.
+        row = math.gcd(width * self.dtype.itemsize, 16)
+        return {
+            "result": self.kind,
+            "dtype": dtype if self.dtype != torch.float32 else f"{dtype} ({self.precision})",
+            "layout": "channels_last" if self.channels_last else "contiguous",
+            "batch": f"~{_bucket(batch, 1)}",
+            "channels": str(channels),
+            "map": f"~{_bucket(height, 4)}x{_bucket(width, 4)}, rows of {row} bytes",
+            "kernel": f"{self.kernel_size[0]}x{self.kernel_size[1]}"
+            + ("" if self.dilation == (1, 1) else f", dilation {self.dilation[0]}x{self.dilation[1]}"),
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for a class of problems.
+
+    Attributes:
+        path: The fastest of those whose numbers agree.
+        milliseconds: Time of each path that was timed.
+        rejected: Why the others were not, in words.
+    """
+
+    path: str
+    milliseconds: Mapping[str, float]
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+
+def _bucket(size: int, steps: int) -> int:
+    """Return what stands for a size and those near it, of which each doubling has ``steps``."""
+    return round(2 ** (round(math.log2(max(size, 1)) * steps) / steps))
+
+
+def cache_file() -> Path:
+    """Return where choices are kept: in the folder that ``LK_BACKBONES_CACHE`` names, else the user's for caches."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        return Path(folder) / "depthwise.json"
+    if sys.platform == "win32":
+        parent = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        parent = Path.home() / "Library" / "Caches"
+    else:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return parent / "lk_backbones" / "depthwise.json"
+
+
+class Tuner:
+    """Measures, remembers, and keeps what it remembers in a file that other processes write too.
+
+    The file is read when something is not known yet and the file has changed. It is written whole, under a lock that
+    nobody waits for long; what others have written meanwhile is kept. A file that cannot be read is begun anew; where
+    none can be written, choices last as long as the process.
+
+    Args:
+        device_name: Tells the device of an index, with its compute capability.
+        timer: Tells how many milliseconds a call takes, on average over a number of calls in a row.
+        file: Where choices are kept; `cache_file` if ``None``.
+    """
+
+    def __init__(
+        self,
+        device_name: Callable[[int], str],
+        timer: Callable[[Callable[[], object], int], float],
+        file: Path | None = None,
+    ) -> None:
+        self._device_name = device_name
+        self._timer = timer
+        self._file = file
+        self._known: dict[Problem, Choice] = {}  # problems that came up; what a call looks at
+        self._choices: dict[str, Choice] = {}  # by class, with what the file says
+        self._unsaved: dict[str, Choice] = {}
+        self._state: tuple[int, int] | None = None  # time and size of the file as it was read
+        self._undecided: dict[Problem, int] = {}
+        self._lock = threading.RLock()
+        self._warned = False
+
+    @property
+    def file(self) -> Path:
+        """Where choices are kept."""
+        return cache_file() if self._file is None else self._file
+
+    def look_up(self, problem: Problem, can_compute: Callable[[str], bool] = lambda path: True) -> Choice | None:
+        """Return what was measured for problems of this class, in this process or another.
+
+        Args:
+            problem: What is to be computed.
+            can_compute: Whether a path, of whatever name, can be taken for this very problem.
+
+        Returns:
+            What was measured, with the fastest path that can be taken; ``None`` if nothing was, or no path can.
+        """
+        known = self._known.get(problem)
+        if known is not None:
+            return known
+        with self._lock:
+            key = self.key(problem)
+            if key not in self._choices:
+                self._read()
+            choice = self._choices.get(key)
+            if choice is None:
+                return None
+            paths = [choice.path, *sorted(choice.milliseconds, key=choice.milliseconds.__getitem__)]
+            path = next(filter(can_compute, paths), None)
+            if path is None:
+                return None
+            self._known[problem] = choice = replace(choice, path=path)
+            return choice
+
+    def key(self, problem: Problem) -> str:
+        """Return the name of a problem's class."""
+        return "; ".join(
+            (
+                self._device_name(problem.device),
+                f"torch {torch.__version__}",
+                *(f"{name} {value}" for name, value in problem.describe().items()),
+            )
+        )
+
+    def entries(self) -> dict[str, Choice]:
+        """Return everything that is known, by class."""
+        with self._lock:
+            self._read()
+            return dict(self._choices)
+
+    def measure(
+        self,
+        problem: Problem,
+        candidates: Mapping[str, Callable[[], Tensor]],
+        reference: str,
+        made_up: Callable[[], Mapping[str, Callable[[], Tensor]]] | None = None,
+    ) -> Choice | None:
+        """Time candidates on the numbers at hand, and remember the fastest whose result agrees with the reference's.
+
+        Numbers that are not finite, or all zero, tell nothing about an algorithm, and a first training step has them.
+        Then nothing is decided; the third time made-up numbers are taken.
+
+        Args:
+            problem: What is to be computed.
+            candidates: What computes it, by path; the likely ones first, as what is far slower is not timed at length.
+            reference: The path whose numbers count.
+            made_up: Returns the candidates for made-up numbers.
+
+        Returns:
+            The choice, or ``None`` if the numbers do not let one be made.
+        """
+        with self._lock:
+            if (known := self._known.get(problem)) is not None:  # another thread was faster
+                return known
+            expected = candidates[reference]()
+            scale = _norm(expected)
+            if not math.isfinite(scale) or scale == 0:
+                self._undecided[problem] = self._undecided.get(problem, 0) + 1
+                if made_up is None or self._undecided[problem] < ATTEMPTS:
+                    return None
+                candidates = made_up()
+                expected = candidates[reference]()
+                scale = _norm(expected)
+                if not math.isfinite(scale) or scale == 0:
+                    return None
+            choice, may_be_kept = self._compare(problem, candidates, reference, expected)
+            self._known[problem] = choice
+            key = self.key(problem)
+            self._choices[key] = choice
+            if may_be_kept:
+                self._unsaved[key] = choice
+                self._save()
+            return choice
+
+    def _compare(
+        self, problem: Problem, candidates: Mapping[str, Callable[[], Tensor]], reference: str, expected: Tensor
+    ) -> tuple[Choice, bool]:
+        """Return the choice, and whether it holds beyond this process."""
+        times: dict[str, float] = {}
+        rejected: dict[str, str] = {}
+        may_be_kept, allowed = True, TOLERANCES[problem.dtype, problem.precision]
+        for path, run in candidates.items():
+            try:
+                error = disagreement(run(), expected)  # the first call compiles and plans
+                if not error <= allowed:
+                    rejected[path] = f"wrong numbers: relative error {error:.1e}, at most {allowed:.0e} allowed"
+                    _log.warning("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
+                    continue
+                times[path] = self._time(run, min(times.values(), default=math.inf))
+            except torch.OutOfMemoryError:
+                rejected[path], may_be_kept = "out of memory", False  # there may be more the next time
+            except Exception as failure:  # whatever a library throws, others can compute it
+                message = str(failure).strip().splitlines()
+                rejected[path] = f"{type(failure).__name__}: {message[0] if message else ''}"[:200]
+                _log.info("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
+        path = min(times, key=times.__getitem__) if times else reference
+        return Choice(path, times, rejected), may_be_kept
+
+    def _time(self, run: Callable[[], Tensor], best: float) -> float:
+        """Median of a few samples, in milliseconds; of short calls many in a row, as a queue of work runs them."""
+        first = self._timer(run, 1)
+        if first > SLOW * best and first > 0.2:  # a shorter one may be mostly the way to the device
+            return first
+        calls = max(1, min(20, round(1 / max(first, 1e-3))))
+        return statistics.median(self._timer(run, calls) for _ in range(SAMPLES))
+
+    def _read(self) -> None:
+        """Take over what is in the file, if it has changed."""
+        try:
+            status = self.file.stat()
+            state = status.st_mtime_ns, status.st_size
+            if state == self._state:
+                return
+            if status.st_size > LARGEST_FILE:
+                raise ValueError(f"it has {status.st_size} bytes")
+            found = _parse(self.file.read_bytes())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, RecursionError) as error:
+            self._warn(f"{self.file} cannot be read and is begun anew: {error}")
+            return
+        self._state = state
+        self._choices = {**found, **self._unsaved}
+
+    def _save(self) -> None:
+        """Write what is new, with what others have written since."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.file}.lock", timeout=PATIENCE):
+                self._read()
+                entries = {key: asdict(choice) for key, choice in sorted(self._choices.items())}
+                with write_atomically(self.file) as file:
+                    file.write(json.dumps({"format": FORMAT, "choices": entries}, indent=1).encode())
+            self._unsaved.clear()
+        except Timeout:
+            _log.info("%s is being written by others; the next choice is saved with this one", self.file)
+        except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
+            self._warn(f"choices last as long as this process: {self.file} cannot be written: {error}")
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            _log.warning("%s", message)
+        self._warned = True
+
+
+# Relative L2 errors up to which results agree: both are rounded, and sums are taken in another order.
+TOLERANCES = {
+    (torch.float16, "ieee"): 2e-3,
+    (torch.bfloat16, "ieee"): 1.5e-2,
+    (torch.float32, "ieee"): 2e-5,
+    (torch.float32, "tf32"): 3e-3,
+    (torch.float64, "ieee"): 1e-12,
+}
+
+
+def disagreement(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error, in float32 or better; infinite if the shapes differ or a number is not finite."""
+    if actual.shape != expected.shape:
+        return math.inf
+    error = _norm(actual.to(torch.promote_types(actual.dtype, torch.float32)) - expected) / _norm(expected)
+    return error if math.isfinite(error) else math.inf
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)))
+
+
+def _parse(content: bytes) -> dict[str, Choice]:
+    """Read a file's choices; those that are not as we write them are left out.
+
+    Raises:
+        ValueError: If it is no such file, or of another format.
+    """
+    data: Any = json.loads(content)
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("choices"), dict):
+        raise ValueError(f"it is not of format {FORMAT}")
+    choices = {}
+    for key, entry in data["choices"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            continue
+        times, rejected = entry.get("milliseconds"), entry.get("rejected")
+        if not isinstance(times, dict) or not isinstance(rejected, dict):
+            continue
+        numbers = all(isinstance(time, float | int) and math.isfinite(time) and time >= 0 for time in times.values())
+        if numbers and all(isinstance(reason, str) for reason in rejected.values()):
+            choices[key] = Choice(entry["path"], times, rejected)
+    return choices
