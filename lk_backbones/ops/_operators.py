@@ -163,17 +163,19 @@ def measured_plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], meth
     plan = plan_for(input, weight, dilation, method, device)
     if device != "cuda" or not _measuring_counts(input, weight, dilation, method):
         return plan
+    choices = {}
     for kind in KINDS:
         problem = _problem(kind, input, weight, dilation)
         if (choice := _cuda.tuner.look_up(problem, _can_compute(problem))) is not None:
-            reason = f"measured on {_cuda.device_name(problem.device)}"
-            missing = [other for other in KINDS if other not in plan.milliseconds and other != kind]
-            if missing:
-                reason += f"; {', '.join(other.replace('_', ' ') for other in missing)} {plan.reason}"
-            plan = replace(
-                plan, **{kind: choice.path}, milliseconds={**plan.milliseconds, kind: dict(choice.milliseconds)}
-            )
-    return plan
+            choices[kind] = choice
+    if not choices:
+        return plan
+    reason = f"measured on {_cuda.device_name(_index(input))}"
+    if estimated := [kind.replace("_", " ") for kind in KINDS if kind not in choices]:
+        reason += f"; not yet measured: {', '.join(estimated)} ({plan.reason})"
+    paths: dict[str, Any] = {kind: choice.path for kind, choice in choices.items()}
+    milliseconds: dict[str, dict[str, float]] = {kind: dict(choice.milliseconds) for kind, choice in choices.items()}
+    return replace(plan, **paths, reason=reason, milliseconds=milliseconds)
 
 
 def _measuring_counts(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str) -> bool:

@@ -306,7 +306,10 @@ def test_nan_and_infinity_reach_what_the_docs_say(value):
         ({"dilation": 0}, "dilation must be .*positive.*got 0"),
         ({"dilation": (1, 2, 3)}, r"dilation must be .*got \(1, 2, 3\)"),
         ({"dilation": 1.5}, r"dilation must be .*got 1.5"),
-        ({"method": "fastest"}, "method must be one of auto, direct, fft, native, got 'fastest'"),
+        (
+            {"method": "fastest"},
+            "method must be one of auto, lookup, rule, direct, fft, native, triton, cudnn, aten, got 'fastest'",
+        ),
     ],
 )
 def test_bad_input(change, message):

@@ -1,9 +1,11 @@
 """Which path a shape takes, on CPUs of each kind and on GPUs, and how users overrule it."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from lk_backbones.ops import _cpu, _operators, depthwise_conv2d, explain
+from lk_backbones.ops import _cpu, _cuda, _operators, depthwise_conv2d, explain
 
 
 def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, **options):
@@ -94,9 +96,53 @@ def test_without_a_fast_transform_nothing_is_transformed(monkeypatch):
         ((0, 128, 56, 56), 31, "native", "native"),
     ],
 )
-def test_cuda_rule(shape, kernel, forward, backward):
+def test_cuda_rule(shape, kernel, forward, backward, monkeypatch):
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "ieee")  # as PyTorch's flags may be
     chosen = plan(shape, kernel, device="cuda")
     assert (chosen.forward, chosen.backward) == (forward, backward)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton does not exist for this platform")
+@pytest.mark.parametrize(
+    ("dtype", "precision", "capability", "expected"),
+    [
+        (torch.bfloat16, "ieee", (8, 0), "triton"),
+        (torch.float16, "ieee", (12, 0), "triton"),
+        (torch.float32, "tf32", (9, 0), "triton"),
+        (torch.float32, "ieee", (9, 0), "fft"),  # TF32 is not allowed
+        (torch.float64, "ieee", (9, 0), "fft"),
+        (torch.float16, "ieee", (7, 5), "fft"),  # Triton's code for tensor cores of that age spills
+    ],
+)
+def test_cuda_rule_takes_tensor_cores_where_they_are_exact_enough(dtype, precision, capability, expected, monkeypatch):
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: precision)
+    monkeypatch.setattr(_cuda, "capability", lambda device: capability)
+    assert plan((64, 128, 56, 56), 31, device="cuda", dtype=dtype).forward == expected
+    assert plan((64, 96, 56, 56), (51, 5), device="cuda", dtype=dtype).forward in (expected, "native")
+    assert plan((64, 128, 56, 56), 5, device="cuda", dtype=dtype).forward == "native"
+    forced = plan((64, 128, 56, 56), 31, device="cuda", dtype=dtype, method="triton")
+    if dtype == torch.float64 or capability < (8, 0):
+        assert forced.forward == "fft"
+        assert forced.reason.startswith("method 'triton' asked for, which is not to be had for this device and dtype; ")
+    else:
+        assert forced.forward == "triton"
+
+
+def test_precision_is_what_pytorch_may_do():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert _cuda.precision(torch.float32) == ("tf32" if allowed else "ieee")
+            assert _cuda.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("method", ["triton", "cudnn", "aten", "rule", "lookup"])
+def test_what_only_gpus_have_leaves_the_cpu_its_rule(method):
+    shape, kernel = (1, 128, 56, 56), 31
+    assert plan(shape, kernel, method=method).forward == plan(shape, kernel).forward
 
 
 def test_other_devices_keep_their_own_operator():
@@ -120,7 +166,7 @@ def test_environment_variable_reaches_the_op(monkeypatch):
     assert torch.equal(depthwise_conv2d(input, weight), depthwise_conv2d(input, weight, method="fft"))
     monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "quick")
     with pytest.raises(
-        ValueError, match="LK_BACKBONES_DEPTHWISE must be one of auto, direct, fft, native, got 'quick'"
+        ValueError, match="LK_BACKBONES_DEPTHWISE must be one of auto, lookup, rule, direct, .*, got 'quick'"
     ):
         depthwise_conv2d(input, weight)
 

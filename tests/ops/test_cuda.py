@@ -1,0 +1,303 @@
+"""What the operator does on a CUDA device, on a CPU: kernels through Triton's interpreter, and a made-up clock."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lk_backbones.layers import DepthwiseConv2d
+from lk_backbones.ops import _cuda, _operators, _tuning, depthwise_conv2d, explain
+
+pytest.importorskip("triton", reason="Triton does not exist for this platform")
+if torch.cuda.is_available():
+    pytest.skip("this is the pretence for machines without a GPU", allow_module_level=True)
+
+from lk_backbones.ops import _triton
+
+KINDS = ("forward", "input_gradient", "weight_gradient")
+
+
+@pytest.fixture
+def times(monkeypatch, tmp_path):
+    """Milliseconds that each path seems to take, and how often each was timed for which result."""
+    monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
+    monkeypatch.setattr(_operators, "device_type", lambda tensor: "cuda")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda, "device_name", lambda device: "Pretended Card (9.0)")
+    small = {name: _triton.Config(16, 32, 32, 4, 3) for name in ("triton", "triton-wide")}
+    monkeypatch.setattr(_triton, "CONFIGS", small)
+    monkeypatch.setattr(_triton, "worth_timing", lambda *arguments: list(small))
+    milliseconds: dict = {}
+
+    def clock(run, calls):
+        path = run.args[0]
+        clock.timed.append(path)
+        return milliseconds.get(path, 100.0)
+
+    clock.timed = []
+    milliseconds["timed"] = clock.timed
+    monkeypatch.setattr(_cuda, "tuner", _tuning.Tuner(_cuda.device_name, clock, tmp_path / "choices.json"))
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "ieee")
+    monkeypatch.setattr(_cuda, "_products", lambda input: "ieee")  # the interpreter knows no others
+    _operators._cached_plan.cache_clear()
+    yield milliseconds
+    _operators._cached_plan.cache_clear()
+
+
+def restart():
+    """What another process would know."""
+    old = _cuda.tuner
+    _cuda.tuner = _tuning.Tuner(old._device_name, old._timer, old._file)
+
+
+def operands(dtype=torch.float32, channels_last=False):
+    torch.manual_seed(0)
+    input, weight, bias = torch.randn(2, 3, 8, 10), torch.randn(3, 1, 9, 9), torch.randn(3)
+    if channels_last:
+        input = input.to(memory_format=torch.channels_last)
+    return [tensor.to(dtype).requires_grad_() for tensor in (input, weight, bias)]
+
+
+def step(tensors, dilation=1, method="auto"):
+    output = depthwise_conv2d(*tensors, dilation=dilation, method=method)
+    torch.manual_seed(1)
+    return [output, *torch.autograd.grad(output, tensors, torch.randn(output.shape).to(output.dtype))]
+
+
+def expected(tensors, dilation=1):
+    tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    padding = dilation * (tensors[1].shape[2] // 2)
+    output = F.conv2d(*tensors, padding=padding, dilation=dilation, groups=tensors[1].shape[0])
+    torch.manual_seed(1)
+    grad = torch.randn(output.shape)
+    return [output, *torch.autograd.grad(output, tensors, grad.double())]
+
+
+def close(actual, exact, tolerance=1e-5):
+    return all(((a.double() - b).norm() / b.norm()).item() <= tolerance for a, b in zip(actual, exact, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("path", ["triton", "triton-wide", "fft", "native", "cudnn", "aten", "other format"])
+def test_whatever_is_fastest_computes_the_same(times, path, dilation, channels_last):
+    if path == "other format":
+        path = "native-contiguous" if channels_last else "native-channels_last"
+    if path in _cuda.LIBRARIES and not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+        pytest.skip("this PyTorch cannot be told which library to use")
+    times[path] = 1.0
+    tensors = operands(channels_last=channels_last)
+    for _ in range(2):  # as it measures, and as it knows
+        results = step(tensors, dilation)
+        assert close(results, expected(tensors, dilation))
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        assert all(result.is_contiguous(memory_format=wanted) for result in results[:2])
+    plan = explain(*tensors[:2], dilation)
+    assert (plan.forward, plan.input_gradient, plan.weight_gradient) == (path,) * 3
+    if hasattr(torch.backends.cudnn, "depthwise_kernel"):
+        assert torch.backends.cudnn.depthwise_kernel == "auto"  # as the user had it
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(times, dtype):
+    times["triton"] = 1.0
+    tensors = operands(dtype)
+    results = step(tensors)
+    assert {result.dtype for result in results} == {dtype}
+    exact = expected(tensors)
+    assert close(results[:1], exact[:1], 2**-7)
+    assert explain(*tensors[:2]).forward == "triton"
+
+
+def test_each_result_has_a_path_of_its_own(times, monkeypatch):
+    fastest = {"forward": "triton", "input_gradient": "fft", "weight_gradient": "native"}
+    current = []
+    monkeypatch.setattr(_cuda.tuner, "_timer", lambda run, calls: 1.0 if run.args[0] == fastest[current[-1]] else 100.0)
+    measure = _cuda.tuner.measure
+    monkeypatch.setattr(
+        _cuda.tuner, "measure", lambda problem, *rest: current.append(problem.kind) or measure(problem, *rest)
+    )
+    tensors = operands()
+    assert close(step(tensors), expected(tensors))
+    assert current == list(KINDS)
+    plan = explain(*tensors[:2])
+    assert (plan.forward, plan.input_gradient, plan.weight_gradient) == tuple(fastest.values())
+    text = str(plan)
+    assert text.startswith(
+        "forward triton, input gradient fft, weight gradient native: measured on Pretended Card (9.0)"
+    )
+    assert "\n  weight gradient, ms: native 1.000, " in text
+
+
+def test_only_what_is_needed_is_measured(times):
+    input, weight, _ = operands()
+    with torch.no_grad():
+        depthwise_conv2d(input, weight)
+    plan = explain(input, weight)
+    assert list(plan.milliseconds) == ["forward"]
+    assert "not yet measured: input gradient, weight gradient (estimated" in str(plan)
+    output = depthwise_conv2d(input.detach(), weight)
+    output.sum().backward()
+    assert list(explain(input, weight).milliseconds) == ["forward", "weight_gradient"]
+
+
+def test_it_is_measured_once_and_known_to_other_processes(times):
+    times["triton-wide"] = 1.0
+    tensors = operands()
+    step(tensors)
+    measured = len(times["timed"])
+    assert measured > 0
+    step(tensors)
+    restart()
+    assert explain(*tensors[:2]).forward == "triton-wide"
+    step(tensors)
+    assert len(times["timed"]) == measured
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+@pytest.mark.parametrize("method", ["lookup", "rule", "fft", "native", "triton"])
+def test_methods_other_than_auto_measure_nothing(times, method, as_argument, monkeypatch):
+    tensors = operands()
+    if not as_argument:
+        monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", method)
+    passed = method if as_argument else "auto"
+    assert close(step(tensors, method=passed), expected(tensors))
+    assert not times["timed"]
+    reason = explain(*tensors[:2], method=passed).reason
+    assert reason.startswith("estimated" if method in ("lookup", "rule") else f"method '{method}' asked for")
+
+
+def test_lookup_uses_what_was_measured(times):
+    times["fft"] = 1.0
+    tensors = operands()
+    step(tensors)
+    measured = len(times["timed"])
+    assert explain(*tensors[:2], method="lookup").forward == "fft"
+    assert close(step(tensors, method="lookup"), expected(tensors))
+    # What was measured is not what the rule says.
+    assert explain(*tensors[:2], method="rule").forward == "native"
+    assert len(times["timed"]) == measured
+
+
+def test_the_rule_decides_where_nothing_may_depend_on_measuring(times, monkeypatch):
+    times["fft"] = 1.0
+    tensors = operands()
+    step(tensors)
+    assert explain(*tensors[:2]).forward == "fft"
+    measured = len(times["timed"])
+    torch.use_deterministic_algorithms(True)
+    assert explain(*tensors[:2]).forward == "native"
+    step(operands(torch.float64))  # something new
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert explain(*tensors[:2]).forward == "native"
+    assert len(times["timed"]) == measured
+
+
+def test_compiled_programs_trace_without_measuring(times):
+    input, weight, _ = operands()
+    compiled = torch.compile(depthwise_conv2d, fullgraph=True, backend="aot_eager")
+    seen = []
+
+    def watch(*arguments):
+        seen.append(torch.compiler.is_compiling())
+        return original(*arguments)
+
+    original = _operators._measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_operators, "_measure", watch)
+        output = compiled(input, weight)
+    assert close([output], [expected([input, weight])[0]])
+    assert True not in seen
+
+
+def test_a_path_with_wrong_numbers_is_never_adopted(times, monkeypatch, caplog):
+    times["fft"] = 1.0
+    right = _cuda.convolve
+
+    def wrong(input, weight, bias, path):
+        output = right(input, weight, bias, path)
+        return output if path != "fft" else output * 1.001
+
+    monkeypatch.setattr(_cuda, "convolve", wrong)
+    tensors = operands()
+    with caplog.at_level(logging.WARNING):
+        output = depthwise_conv2d(*tensors)
+    assert close([output], [expected(tensors)[0]])
+    assert "path fft is not used for Pretended Card (9.0)" in caplog.text
+    assert explain(*tensors[:2]).forward != "fft"
+
+
+def test_a_path_that_crashes_is_never_adopted(times, monkeypatch):
+    times["triton"] = 1.0
+
+    def crash(*arguments, **options):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(_triton, "convolve", crash)
+    monkeypatch.setattr(_triton, "weight_gradient", crash)
+    tensors = operands()
+    assert close(step(tensors), expected(tensors))
+    (choice, *_) = _cuda.tuner.entries().values()
+    assert choice.rejected["triton"] == "RuntimeError: out of resource: shared memory"
+
+
+def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(times):
+    times["fft"] = 1.0
+    input, weight, _ = operands()
+    before = torch.get_rng_state()
+    for number, factor in enumerate((0.0, float("inf"), 0.0)):
+        output = depthwise_conv2d(input, weight)
+        grads = torch.autograd.grad((output * factor).sum(), (input, weight))
+        assert all(grad.isnan().any() or grad.isinf().any() or not grad.any() for grad in grads)
+        decided = list(explain(input, weight).milliseconds)
+        assert decided == (["forward"] if number < 2 else list(KINDS))
+    assert torch.equal(torch.get_rng_state(), before)  # made-up numbers take none of the program's
+
+
+def test_a_module_trains(times):
+    times["triton"] = 1.0
+    torch.manual_seed(0)
+    module = DepthwiseConv2d(3, 3, 9, padding=4, groups=3)
+    plain = torch.nn.Conv2d(3, 3, 9, padding=4, groups=3)
+    plain.load_state_dict(module.state_dict())
+    input = torch.randn(2, 3, 8, 10)
+    for either in (module, plain):
+        optimizer = torch.optim.SGD(either.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            either(input).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(module.state_dict(), plain.state_dict())
+    assert set(times["timed"]) >= {"triton", "native", "fft"}
+
+
+def test_gradients_of_any_order(times):
+    times["fft"] = 1.0
+    shapes = (1, 2, 3, 4), (2, 1, 7, 7), (2,)
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(depthwise_conv2d, tensors)
+    assert torch.autograd.gradgradcheck(depthwise_conv2d, tensors)
+
+
+def test_a_choice_of_a_later_release_is_passed_over(times):
+    tensors = operands()
+    step(tensors)
+    file = _cuda.tuner.file
+    file.write_text(file.read_text().replace('"path": "', '"path": "quantum-'))
+    restart()
+    assert not explain(*tensors[:2]).forward.startswith("quantum")
+    assert close(step(tensors), expected(tensors))
+
+
+def test_kernels_that_pytorch_is_fast_at_are_not_measured(times):
+    tensors = [torch.randn(2, 3, 8, 10), torch.randn(3, 1, 3, 3), torch.randn(3)]
+    depthwise_conv2d(*tensors)
+    assert not times["timed"]
+    empty = depthwise_conv2d(torch.randn(0, 3, 8, 10), torch.randn(3, 1, 9, 9))
+    assert empty.shape == (0, 3, 8, 10)
+    assert not times["timed"]
