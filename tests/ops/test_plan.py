@@ -166,7 +166,7 @@ def test_environment_variable_reaches_the_op(monkeypatch):
     assert torch.equal(depthwise_conv2d(input, weight), depthwise_conv2d(input, weight, method="fft"))
     monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "quick")
     with pytest.raises(
-        ValueError, match="LK_BACKBONES_DEPTHWISE must be one of auto, lookup, rule, direct, .*, got 'quick'"
+        ValueError, match=r"LK_BACKBONES_DEPTHWISE must be one of auto, lookup, rule, direct, .*, got 'quick'"
     ):
         depthwise_conv2d(input, weight)
 
