@@ -198,7 +198,7 @@ def must_follow_rule() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.are_deterministic_algorithms_enabled()
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -148,8 +148,8 @@ def _index(input: Tensor) -> int:
 def _problem(kind: Kind, input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Problem:
     return Problem(
         kind,
-        tuple(input.shape),
-        _kernel_size(weight),
+        input.shape,
+        weight.shape[2:],
         dilation,
         input.dtype,
         is_channels_last(input),
@@ -161,7 +161,7 @@ def _problem(kind: Kind, input: Tensor, weight: Tensor, dilation: tuple[int, int
 def measured_plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
     """Choose the paths as `plan_for`, or as was measured on the device at hand where that counts."""
     plan = plan_for(input, weight, dilation, method, device)
-    if device != "cuda" or not _measuring_counts(input, weight, dilation, method):
+    if device != "cuda" or not _measuring_counts(resolve_method(method)) or _is_trivial(input, weight, dilation):
         return plan
     choices = {}
     for kind in KINDS:
@@ -178,14 +178,14 @@ def measured_plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], meth
     return replace(plan, **paths, reason=reason, milliseconds=milliseconds)
 
 
-def _measuring_counts(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str) -> bool:
-    """Return whether what was measured on a CUDA device decides about a problem."""
-    return (
-        resolve_method(method) in MEASURING
-        and not native_is_best("cuda", weight, dilation)
-        and 0 not in input.shape
-        and not _cuda.must_follow_rule()
-    )
+def _measuring_counts(method: str) -> bool:
+    """Return whether what was measured on a CUDA device decides, for a method of `resolve_method`."""
+    return method in MEASURING and not _cuda.must_follow_rule()
+
+
+def _is_trivial(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> bool:
+    """Return whether there is nothing to measure on a CUDA device."""
+    return 0 in input.shape or native_is_best("cuda", weight, dilation)
 
 
 def _can_compute(problem: Problem) -> Callable[[str], bool]:
@@ -216,11 +216,14 @@ def _path(
         dilation: Of rows and columns.
         method: As `depthwise_conv2d`.
     """
-    if _measuring_counts(input, weight, dilation, method):
+    mode = resolve_method(method)
+    if _measuring_counts(mode):
         problem = _problem(kind, input, weight, dilation)
-        choice = _cuda.tuner.look_up(problem, _can_compute(problem))
-        if choice is None and resolve_method(method) == "auto":
-            choice = _measure(problem, compute, operands)
+        choice = _cuda.tuner.known.get(problem)
+        if choice is None and not _is_trivial(input, weight, dilation):
+            choice = _cuda.tuner.look_up(problem, _can_compute(problem))
+            if choice is None and mode == "auto":
+                choice = _measure(problem, compute, operands)
         if choice is not None:
             return choice.path
     planned: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)

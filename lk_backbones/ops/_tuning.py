@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
     kind: Kind
     shape: tuple[int, ...]
-    kernel_size: tuple[int, int]
+    kernel_size: tuple[int, ...]
     dilation: tuple[int, int]
     dtype: torch.dtype
     channels_last: bool
@@ -128,6 +128,9 @@ class Tuner:
         device_name: Tells the device of an index, with its compute capability.
         timer: Tells how many milliseconds a call takes, on average over a number of calls in a row.
         file: Where choices are kept; `cache_file` if ``None``.
+
+    Attributes:
+        known: The problems that came up, for calls that cannot wait for `look_up`.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Tuner:
         self._device_name = device_name
         self._timer = timer
         self._file = file
-        self._known: dict[Problem, Choice] = {}  # problems that came up; what a call looks at
+        self.known: dict[Problem, Choice] = {}
         self._choices: dict[str, Choice] = {}  # by class, with what the file says
         self._unsaved: dict[str, Choice] = {}
         self._state: tuple[int, int] | None = None  # time and size of the file as it was read
@@ -162,7 +165,7 @@ class Tuner:
         Returns:
             What was measured, with the fastest path that can be taken; ``None`` if nothing was, or no path can.
         """
-        known = self._known.get(problem)
+        known = self.known.get(problem)
         if known is not None:
             return known
         with self._lock:
@@ -176,7 +179,7 @@ class Tuner:
             path = next(filter(can_compute, paths), None)
             if path is None:
                 return None
-            self._known[problem] = choice = replace(choice, path=path)
+            self.known[problem] = choice = replace(choice, path=path)
             return choice
 
     def key(self, problem: Problem) -> str:
@@ -217,7 +220,7 @@ class Tuner:
             The choice, or ``None`` if the numbers do not let one be made.
         """
         with self._lock:
-            if (known := self._known.get(problem)) is not None:  # another thread was faster
+            if (known := self.known.get(problem)) is not None:  # another thread was faster
                 return known
             expected = candidates[reference]()
             scale = _norm(expected)
@@ -231,7 +234,7 @@ class Tuner:
                 if not math.isfinite(scale) or scale == 0:
                     return None
             choice, may_be_kept = self._compare(problem, candidates, reference, expected)
-            self._known[problem] = choice
+            self.known[problem] = choice
             key = self.key(problem)
             self._choices[key] = choice
             if may_be_kept:

@@ -190,9 +190,8 @@ def test_the_rule_decides_where_nothing_may_depend_on_measuring(times, monkeypat
     assert explain(*tensors[:2]).forward == "native"
     step(operands(torch.float64))  # something new
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert explain(*tensors[:2]).forward == "native"
     assert len(times["timed"]) == measured
 
