@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.layers import LayerScale2d
 
 import lk_backbones
+from tests.pretended_gpu import pretended_gpu  # noqa: F401, a fixture
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

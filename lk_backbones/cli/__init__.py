@@ -22,6 +22,7 @@ from lk_backbones.cli import (
     recipes,
     sweep,
     training,
+    tune,
 )
 
 __all__ = ["main"]
@@ -47,6 +48,7 @@ Large-kernel ConvNets for classification, segmentation and detection.
   features  what an encoder makes of a picture, all its levels: lk-backbones features PICTURE --model MODEL
   demo      a page in the browser to drop pictures on: lk-backbones demo MODEL MODEL
   benchmark speed and memory of models, side by side: lk-backbones benchmark MODEL MODEL; --ops of the convolution
+  tune      which path of the convolution is fastest on this GPU: lk-backbones tune MODEL; --show what is known
   export    a model as a file for onnxruntime or PyTorch alone: lk-backbones export CHECKPOINT --images FOLDER
   convert   a published checkpoint to our layout: lk-backbones convert FILE --to FOLDER
 
@@ -68,6 +70,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "features": looking.features,
     "demo": looking.demo,
     "benchmark": benchmark.run,
+    "tune": tune.run,
     "export": export.run,
 }
 

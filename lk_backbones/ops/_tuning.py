@@ -15,7 +15,8 @@ import os
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -197,6 +198,17 @@ class Tuner:
         with self._lock:
             self._read()
             return dict(self._choices)
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[Problem, Choice]]:
+        """Collect the problems that come up within a block, and what was chosen for them; complete after it."""
+        problems: dict[Problem, Choice] = {}
+        before, self.known = self.known, {}
+        try:
+            yield problems
+        finally:
+            problems.update(self.known)
+            self.known = {**before, **problems}
 
     def measure(
         self,

@@ -18,33 +18,6 @@ from lk_backbones.ops import _triton
 KINDS = ("forward", "input_gradient", "weight_gradient")
 
 
-@pytest.fixture
-def times(monkeypatch, tmp_path):
-    """Milliseconds that each path seems to take, and how often each was timed for which result."""
-    monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
-    monkeypatch.setattr(_operators, "device_type", lambda tensor: "cuda")
-    monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(_cuda, "device_name", lambda device: "Pretended Card (9.0)")
-    small = {name: _triton.Config(16, 32, 32, 4, 3) for name in ("triton", "triton-wide")}
-    monkeypatch.setattr(_triton, "CONFIGS", small)
-    monkeypatch.setattr(_triton, "worth_timing", lambda *arguments: list(small))
-    milliseconds: dict = {}
-
-    def clock(run, calls):
-        path = run.args[0]
-        clock.timed.append(path)
-        return milliseconds.get(path, 100.0)
-
-    clock.timed = []
-    milliseconds["timed"] = clock.timed
-    monkeypatch.setattr(_cuda, "tuner", _tuning.Tuner(_cuda.device_name, clock, tmp_path / "choices.json"))
-    monkeypatch.setattr(_cuda, "precision", lambda dtype: "ieee")
-    monkeypatch.setattr(_cuda, "_products", lambda input: "ieee")  # the interpreter knows no others
-    _operators._cached_plan.cache_clear()
-    yield milliseconds
-    _operators._cached_plan.cache_clear()
-
-
 def restart():
     """What another process would know."""
     old = _cuda.tuner
@@ -81,12 +54,12 @@ def close(actual, exact, tolerance=1e-5):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("path", ["triton", "triton-wide", "fft", "native", "cudnn", "aten", "other format"])
-def test_whatever_is_fastest_computes_the_same(times, path, dilation, channels_last):
+def test_whatever_is_fastest_computes_the_same(pretended_gpu, path, dilation, channels_last):
     if path == "other format":
         path = "native-contiguous" if channels_last else "native-channels_last"
     if path in _cuda.LIBRARIES and not hasattr(torch.backends.cudnn, "depthwise_kernel"):
         pytest.skip("this PyTorch cannot be told which library to use")
-    times[path] = 1.0
+    pretended_gpu[path] = 1.0
     tensors = operands(channels_last=channels_last)
     for _ in range(2):  # as it measures, and as it knows
         results = step(tensors, dilation)
@@ -100,8 +73,8 @@ def test_whatever_is_fastest_computes_the_same(times, path, dilation, channels_l
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(times, dtype):
-    times["triton"] = 1.0
+def test_half_precision(pretended_gpu, dtype):
+    pretended_gpu["triton"] = 1.0
     tensors = operands(dtype)
     results = step(tensors)
     assert {result.dtype for result in results} == {dtype}
@@ -110,7 +83,7 @@ def test_half_precision(times, dtype):
     assert explain(*tensors[:2]).forward == "triton"
 
 
-def test_each_result_has_a_path_of_its_own(times, monkeypatch):
+def test_each_result_has_a_path_of_its_own(pretended_gpu, monkeypatch):
     fastest = {"forward": "triton", "input_gradient": "fft", "weight_gradient": "native"}
     current = []
     monkeypatch.setattr(_cuda.tuner, "_timer", lambda run, calls: 1.0 if run.args[0] == fastest[current[-1]] else 100.0)
@@ -130,7 +103,7 @@ def test_each_result_has_a_path_of_its_own(times, monkeypatch):
     assert "\n  weight gradient, ms: native 1.000, " in text
 
 
-def test_only_what_is_needed_is_measured(times):
+def test_only_what_is_needed_is_measured(pretended_gpu):
     input, weight, _ = operands()
     with torch.no_grad():
         depthwise_conv2d(input, weight)
@@ -142,50 +115,50 @@ def test_only_what_is_needed_is_measured(times):
     assert list(explain(input, weight).milliseconds) == ["forward", "weight_gradient"]
 
 
-def test_it_is_measured_once_and_known_to_other_processes(times):
-    times["triton-wide"] = 1.0
+def test_it_is_measured_once_and_known_to_other_processes(pretended_gpu):
+    pretended_gpu["triton-wide"] = 1.0
     tensors = operands()
     step(tensors)
-    measured = len(times["timed"])
+    measured = len(pretended_gpu["timed"])
     assert measured > 0
     step(tensors)
     restart()
     assert explain(*tensors[:2]).forward == "triton-wide"
     step(tensors)
-    assert len(times["timed"]) == measured
+    assert len(pretended_gpu["timed"]) == measured
 
 
 @pytest.mark.parametrize("as_argument", [True, False])
 @pytest.mark.parametrize("method", ["lookup", "rule", "fft", "native", "triton"])
-def test_methods_other_than_auto_measure_nothing(times, method, as_argument, monkeypatch):
+def test_methods_other_than_auto_measure_nothing(pretended_gpu, method, as_argument, monkeypatch):
     tensors = operands()
     if not as_argument:
         monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", method)
     passed = method if as_argument else "auto"
     assert close(step(tensors, method=passed), expected(tensors))
-    assert not times["timed"]
+    assert not pretended_gpu["timed"]
     reason = explain(*tensors[:2], method=passed).reason
     assert reason.startswith("estimated" if method in ("lookup", "rule") else f"method '{method}' asked for")
 
 
-def test_lookup_uses_what_was_measured(times):
-    times["fft"] = 1.0
+def test_lookup_uses_what_was_measured(pretended_gpu):
+    pretended_gpu["fft"] = 1.0
     tensors = operands()
     step(tensors)
-    measured = len(times["timed"])
+    measured = len(pretended_gpu["timed"])
     assert explain(*tensors[:2], method="lookup").forward == "fft"
     assert close(step(tensors, method="lookup"), expected(tensors))
     # What was measured is not what the rule says.
     assert explain(*tensors[:2], method="rule").forward == "native"
-    assert len(times["timed"]) == measured
+    assert len(pretended_gpu["timed"]) == measured
 
 
-def test_the_rule_decides_where_nothing_may_depend_on_measuring(times, monkeypatch):
-    times["fft"] = 1.0
+def test_the_rule_decides_where_nothing_may_depend_on_measuring(pretended_gpu, monkeypatch):
+    pretended_gpu["fft"] = 1.0
     tensors = operands()
     step(tensors)
     assert explain(*tensors[:2]).forward == "fft"
-    measured = len(times["timed"])
+    measured = len(pretended_gpu["timed"])
     torch.use_deterministic_algorithms(True)
     assert explain(*tensors[:2]).forward == "native"
     step(operands(torch.float64))  # something new
@@ -193,10 +166,10 @@ def test_the_rule_decides_where_nothing_may_depend_on_measuring(times, monkeypat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert explain(*tensors[:2]).forward == "native"
-    assert len(times["timed"]) == measured
+    assert len(pretended_gpu["timed"]) == measured
 
 
-def test_compiled_programs_trace_without_measuring(times):
+def test_compiled_programs_trace_without_measuring(pretended_gpu):
     input, weight, _ = operands()
     compiled = torch.compile(depthwise_conv2d, fullgraph=True, backend="aot_eager")
     seen = []
@@ -213,8 +186,8 @@ def test_compiled_programs_trace_without_measuring(times):
     assert True not in seen
 
 
-def test_a_path_with_wrong_numbers_is_never_adopted(times, monkeypatch, caplog):
-    times["fft"] = 1.0
+def test_a_path_with_wrong_numbers_is_never_adopted(pretended_gpu, monkeypatch, caplog):
+    pretended_gpu["fft"] = 1.0
     right = _cuda.convolve
 
     def wrong(input, weight, bias, path):
@@ -230,8 +203,8 @@ def test_a_path_with_wrong_numbers_is_never_adopted(times, monkeypatch, caplog):
     assert explain(*tensors[:2]).forward != "fft"
 
 
-def test_a_path_that_crashes_is_never_adopted(times, monkeypatch):
-    times["triton"] = 1.0
+def test_a_path_that_crashes_is_never_adopted(pretended_gpu, monkeypatch):
+    pretended_gpu["triton"] = 1.0
 
     def crash(*arguments, **options):
         raise RuntimeError("out of resource: shared memory")
@@ -244,8 +217,8 @@ def test_a_path_that_crashes_is_never_adopted(times, monkeypatch):
     assert choice.rejected["triton"] == "RuntimeError: out of resource: shared memory"
 
 
-def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(times):
-    times["fft"] = 1.0
+def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(pretended_gpu):
+    pretended_gpu["fft"] = 1.0
     input, weight, _ = operands()
     before = torch.get_rng_state()
     for number, factor in enumerate((0.0, float("inf"), 0.0)):
@@ -257,8 +230,8 @@ def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(tim
     assert torch.equal(torch.get_rng_state(), before)  # made-up numbers take none of the program's
 
 
-def test_a_module_trains(times):
-    times["triton"] = 1.0
+def test_a_module_trains(pretended_gpu):
+    pretended_gpu["triton"] = 1.0
     torch.manual_seed(0)
     module = DepthwiseConv2d(3, 3, 9, padding=4, groups=3)
     plain = torch.nn.Conv2d(3, 3, 9, padding=4, groups=3)
@@ -271,11 +244,11 @@ def test_a_module_trains(times):
             either(input).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(module.state_dict(), plain.state_dict())
-    assert set(times["timed"]) >= {"triton", "native", "fft"}
+    assert set(pretended_gpu["timed"]) >= {"triton", "native", "fft"}
 
 
-def test_gradients_of_any_order(times):
-    times["fft"] = 1.0
+def test_gradients_of_any_order(pretended_gpu):
+    pretended_gpu["fft"] = 1.0
     shapes = (1, 2, 3, 4), (2, 1, 7, 7), (2,)
     torch.manual_seed(0)
     tensors = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
@@ -283,7 +256,7 @@ def test_gradients_of_any_order(times):
     assert torch.autograd.gradgradcheck(depthwise_conv2d, tensors)
 
 
-def test_a_choice_of_a_later_release_is_passed_over(times):
+def test_a_choice_of_a_later_release_is_passed_over(pretended_gpu):
     tensors = operands()
     step(tensors)
     file = _cuda.tuner.file
@@ -293,10 +266,10 @@ def test_a_choice_of_a_later_release_is_passed_over(times):
     assert close(step(tensors), expected(tensors))
 
 
-def test_kernels_that_pytorch_is_fast_at_are_not_measured(times):
+def test_kernels_that_pytorch_is_fast_at_are_not_measured(pretended_gpu):
     tensors = [torch.randn(2, 3, 8, 10), torch.randn(3, 1, 3, 3), torch.randn(3)]
     depthwise_conv2d(*tensors)
-    assert not times["timed"]
+    assert not pretended_gpu["timed"]
     empty = depthwise_conv2d(torch.randn(0, 3, 8, 10), torch.randn(3, 1, 9, 9))
     assert empty.shape == (0, 3, 8, 10)
-    assert not times["timed"]
+    assert not pretended_gpu["timed"]
