@@ -120,7 +120,7 @@ def can_compute(
     path: str, shape: tuple[int, int, int, int], kernel_size: tuple[int, int], dtype: torch.dtype, device: int
 ) -> bool:
     """Return whether a path, of whatever name, can be taken for a problem; arguments as of `candidates`."""
-    if path.partition("-")[0] == TRITON:
+    if is_triton(path):
         kernels = _kernels() if capability(device) >= TENSOR_CORES else None
         if kernels is None or path not in kernels.CONFIGS:
             return False
@@ -130,12 +130,17 @@ def can_compute(
     return path in ("fft", "native", *FORMATS)
 
 
-def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tensor:
-    """Convolution of ``(N, C, H, W)`` by ``"fft"``, in float32 or float64, or by a path of Triton's."""
+def convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None, path: str, addend: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """Convolution of ``(N, C, H, W)`` by ``"fft"``, in float32 or float64, or by a path of Triton's.
+
+    The latter adds ``addend``, of the output's shape, and sets what is negative to zero along the way.
+    """
     if path == "fft":
         return _fft.convolve(input.contiguous(), weight, bias)
     kernels, config = _config(path, input)
-    output: Tensor = kernels.convolve(input, weight, bias, config=config, precision=_products(input))
+    output: Tensor = kernels.convolve(input, weight, bias, addend, relu, config=config, precision=_products(input))
     return output
 
 
@@ -155,8 +160,8 @@ def gradients(
     return grad_input, grad_weight
 
 
-def keeps_half_precision(path: str) -> bool:
-    """Return whether a path of `convolve` takes float16 and bfloat16 as they are."""
+def is_triton(path: str) -> bool:
+    """Return whether a path is one of Triton's, which take float16 and bfloat16 as they are."""
     return path.partition("-")[0] == TRITON
 
 

@@ -284,6 +284,36 @@ def _convolve_by(path: str, operands: Operands, dilation: tuple[int, int]) -> Te
     return in_format(output.to(input.dtype), memory_format(input))
 
 
+def convolve_and_more(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    relu: bool,
+    dilation: tuple[int, int],
+    method: str,
+) -> Tensor:
+    """Convolution, then a sum and a ReLU, without a gradient; in one pass where the path of the convolution has it."""
+    device = device_type(input)
+    if device == "cuda":
+        operands = input, weight, bias
+        compute = functools.partial(_convolve_by, dilation=dilation)
+        path = _path("forward", compute, operands, input, weight, dilation, method)
+        # In channels_last the addend would have to be copied into the order that the kernels compute in.
+        within = addend if not is_channels_last(input) else None
+        if _cuda.is_triton(path) and dilation == (1, 1) and not (relu and addend is not within):
+            kernel = crop(weight, _map_size(input))
+            output = in_format(_cuda.convolve(input, kernel, bias, path, within, relu), memory_format(input))
+            return output if addend is None or addend is within else output.add_(addend)
+        output = _convolve_by(path, operands, dilation)
+    else:
+        path = plan_for(input, weight, dilation, method, device).forward
+        output = _convolve_by(path, (input, weight, bias), dilation)
+    if addend is not None:
+        output.add_(addend)
+    return output.relu_() if relu else output
+
+
 def _is_native(path: str) -> bool:
     return path == "native" or path in _cuda.LIBRARIES or path in _cuda.FORMATS
 
@@ -438,7 +468,7 @@ def _laid_out_like(weight: Tensor, grad_weight: Tensor) -> Tensor:
 
 def _prepare(input: Tensor, weight: Tensor, dilation: tuple[int, int], path: str) -> tuple[Tensor, Tensor]:
     """Return maps and kernel that a path computes with: no dilation, no tap out of reach, float32 if it needs that."""
-    if not _cuda.keeps_half_precision(path):
+    if not _cuda.is_triton(path):
         input, weight = _at_least_float32(input, weight)
     maps = split_phases(input, dilation)
     return maps, crop(weight, _map_size(maps))

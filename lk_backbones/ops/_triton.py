@@ -565,9 +565,13 @@ def convolve(
     batch, channels, height, width = input.shape
     kernel_height, kernel_width = weight.shape[2:]
     if _is_faster_turned((height, width), (kernel_height, kernel_width), config):
-        turned = None if addend is None else addend.transpose(2, 3)
-        output = convolve(input.transpose(2, 3), weight.transpose(2, 3), bias, turned, relu, flip, config, precision)
-        return output.transpose(2, 3).contiguous()
+        relu_within = relu and addend is None
+        turned, weight = input.transpose(2, 3), weight.transpose(2, 3)
+        output = convolve(turned, weight, bias, None, relu_within, flip, config, precision).transpose(2, 3)
+        if addend is None:
+            return output.contiguous()
+        output = torch.add(addend.contiguous(), output)  # the pass that turns it back adds
+        return output.relu_() if relu else output
     vector = 16 // input.element_size()
     maps = _with_pitch(input, vector, config.pad)
     pitch = maps.shape[3]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lk_backbones._private.torch import operators_are_watched
 from lk_backbones.ops import _operators
 from lk_backbones.ops._plan import METHODS, Method, Plan, wants_plain_convolution
 
-__all__ = ["Plan", "depthwise_conv2d", "explain"]
+__all__ = ["Plan", "depthwise_conv2d", "depthwise_conv2d_and_more", "explain", "has_fused_depthwise"]
 
 
 def depthwise_conv2d(
@@ -64,6 +65,67 @@ def depthwise_conv2d(
     if inference and _operators.plan_for(input, weight, dilation, method, device).forward == "native":
         return _operators.native(input, weight, bias, dilation)
     return _operators.apply(input, weight, bias, dilation, method)
+
+
+def has_fused_depthwise(input: Tensor, *tensors: Tensor | None) -> bool:
+    """Return whether `depthwise_conv2d_and_more` saves anything here and can stand in for its parts.
+
+    It has no gradient, and nothing that looks at operators one by one knows it; what it saves is on CUDA devices.
+
+    Args:
+        input: ``(N, C, H, W)``.
+        *tensors: What else it is given.
+    """
+    given = [input, *(tensor for tensor in tensors if tensor is not None)]
+    device = input.device.type
+    return (
+        _operators.device_type(input) == "cuda"
+        and input.dim() == 4
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == input.dtype for tensor in given)
+        and not torch.is_autocast_enabled(device)
+        and not operators_are_watched()
+        and not wants_plain_convolution(*given)
+    )
+
+
+def depthwise_conv2d_and_more(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    relu: bool = False,
+    dilation: int | tuple[int, int] = 1,
+    method: Method = "auto",
+) -> Tensor:
+    """`depthwise_conv2d`, then a sum and a ReLU, for inference: in one pass over the output where tensor cores do it.
+
+    Args:
+        input: ``(N, C, H, W)``, floating point. The result is in its memory format.
+        weight: As `depthwise_conv2d`.
+        bias: ``(C,)`` or ``None``.
+        addend: ``(N, C, H, W)`` to be added, such as the sum of other branches, or ``None``.
+        relu: Whether negative values become zero.
+        dilation: As `depthwise_conv2d`.
+        method: As `depthwise_conv2d`.
+
+    Returns:
+        Tensor of the input's shape and dtype. No gradient flows through it.
+
+    Raises:
+        ValueError: As `depthwise_conv2d`, or if the addend's shape, dtype or device is not the input's.
+    """
+    _check(input, weight, bias, method)
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
+    if addend is not None and (addend.shape, addend.dtype, addend.device) != (input.shape, input.dtype, input.device):
+        raise ValueError(
+            f"addend must be as the input, {tuple(input.shape)} {input.dtype} on {input.device}, "
+            f"got {tuple(addend.shape)} {addend.dtype} on {addend.device}"
+        )
+    with torch.no_grad():
+        return _operators.convolve_and_more(input, weight, bias, addend, relu, _operators.pair(dilation), method)
 
 
 def explain(

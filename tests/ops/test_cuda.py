@@ -1,13 +1,23 @@
 """What the operator does on a CUDA device, on a CPU: kernels through Triton's interpreter, and a made-up clock."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lk_backbones.layers import DepthwiseConv2d
-from lk_backbones.ops import _cuda, _operators, _tuning, depthwise_conv2d, explain
+from lk_backbones.ops import (
+    _cuda,
+    _operators,
+    _tuning,
+    depthwise_conv2d,
+    depthwise_conv2d_and_more,
+    explain,
+    has_fused_depthwise,
+)
 
 pytest.importorskip("triton", reason="Triton does not exist for this platform")
 if torch.cuda.is_available():
@@ -273,3 +283,44 @@ def test_kernels_that_pytorch_is_fast_at_are_not_measured(pretended_gpu):
     empty = depthwise_conv2d(torch.randn(0, 3, 8, 10), torch.randn(3, 1, 9, 9))
     assert empty.shape == (0, 3, 8, 10)
     assert not pretended_gpu["timed"]
+
+
+@pytest.mark.parametrize("kernel", [(9, 9), (51, 5)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("path", ["triton", "fft", "native"])
+def test_a_sum_and_a_relu_are_computed_along(pretended_gpu, path, dilation, channels_last, kernel):
+    pretended_gpu[path] = 1.0
+    torch.manual_seed(0)
+    input, weight, bias = torch.randn(2, 3, 20, 10), torch.randn(3, 1, *kernel), torch.randn(3)
+    addend = torch.randn(2, 3, 20, 10)
+    if channels_last:
+        input, addend = (tensor.to(memory_format=torch.channels_last) for tensor in (input, addend))
+    padding = [dilation * (size // 2) for size in kernel]
+    exact = F.conv2d(input.double(), weight.double(), bias.double(), padding=padding, dilation=dilation, groups=3)
+    kept = addend.clone()
+    for more, relu in itertools.product((None, addend), (False, True)):
+        expected = exact if more is None else exact + addend.double()
+        output = depthwise_conv2d_and_more(input, weight, bias, more, relu, dilation)
+        assert close([output], [expected.relu() if relu else expected]), (more is None, relu)
+        assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert torch.equal(addend, kept)
+    assert explain(input, weight, dilation).forward == path
+
+
+def test_when_there_is_something_to_fuse(pretended_gpu):
+    input, weight, bias = (tensor.detach() for tensor in operands())
+    assert has_fused_depthwise(input, weight, bias, None)
+    assert not has_fused_depthwise(input, weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert has_fused_depthwise(input, torch.nn.Parameter(weight))
+    assert not has_fused_depthwise(input, weight.half())
+    assert not has_fused_depthwise(input[0], weight)
+    with FlopCounterMode(display=False):
+        assert not has_fused_depthwise(input, weight)
+    with pytest.raises(
+        ValueError, match=r"addend must be as the input, \(2, 3, 8, 10\) torch.float32 on cpu, got \(1,"
+    ):
+        depthwise_conv2d_and_more(input, weight, bias, input[:1])
+    with pytest.raises(ValueError, match=r"input must be \(N, C, H, W\), got shape \(3, 8, 10\)"):
+        depthwise_conv2d_and_more(input[0], weight)
