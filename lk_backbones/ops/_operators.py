@@ -216,6 +216,11 @@ def _path(
         dilation: Of rows and columns.
         method: As `depthwise_conv2d`.
     """
+
+    def planned_path() -> str:
+        path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)
+        return path
+
     mode = resolve_method(method)
     if _measuring_counts(mode):
         problem = _problem(kind, input, weight, dilation)
@@ -224,10 +229,11 @@ def _path(
             choice = _cuda.tuner.look_up(problem, _can_compute(problem))
             if choice is None and mode == "auto":
                 choice = _measure(problem, compute, operands)
+            if choice is not None and _cuda.is_triton(planned := planned_path()) and planned != choice.path:
+                compute(planned, operands)  # so that it is compiled and loaded when a graph is captured
         if choice is not None:
             return choice.path
-    planned: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)
-    return planned
+    return planned_path()
 
 
 def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], operands: Operands) -> Choice | None:

@@ -544,8 +544,9 @@ def convolve(
 ) -> Tensor:
     """Depthwise convolution with stride 1 and the map's size kept; with ``flip`` its gradient in the input.
 
-    Beside its result it takes the memory of the copies, ``C × V × (kH + block_n / 8) × (kW + 2 W)`` values at most,
-    ``V`` values being 16 bytes, and, where rows are padded or the input is not contiguous, that of one more input.
+    Beside its result it takes the memory of the copies, ``C × V × (kH + block_n / 4 + block_k / 8) × (kW + 224)``
+    values at most, ``V`` values being 16 bytes, and, where rows are padded or the input is not contiguous, one more
+    input.
     Kernels that are much taller than wide are turned, which takes one more input and output.
 
     Args:
@@ -658,8 +659,8 @@ def weight_gradient(
     """Gradient of `convolve` in its weight; deterministic, as nothing is added atomically.
 
     Beside its result it takes the memory of the Toeplitz blocks' gradients, at most 128 MiB or those of one channel
-    (``splits × (kH + block_n / 8) × (kW + 2 W) × block_n`` float32 values), and, where rows are padded or an operand is
-    not contiguous or a kernel is turned, that of one more such operand.
+    (``splits × (kH + block_n / 8 + block_k / 8) × (kW + 136) × block_n`` float32 values at most), and, where rows are
+    padded, an operand is not contiguous or a kernel is turned, that of one more such operand.
 
     Args:
         grad_output: ``(N, C, H, W)``, of the input's dtype, any strides.

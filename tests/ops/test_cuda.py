@@ -163,6 +163,26 @@ def test_lookup_uses_what_was_measured(pretended_gpu):
     assert len(pretended_gpu["timed"]) == measured
 
 
+def test_what_the_rule_takes_is_ready_when_a_graph_is_captured(pretended_gpu, monkeypatch):
+    pretended_gpu["fft"] = 1.0
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")  # for which the rule says Triton
+    tensors = operands()
+    step(tensors)
+    assert explain(*tensors[:2]).forward == "fft"
+    restart()
+    ran = []
+    convolve = _triton.convolve
+    monkeypatch.setattr(_triton, "convolve", lambda *args, **options: ran.append(options) or convolve(*args, **options))
+    depthwise_conv2d(*tensors)
+    assert len(ran) == 1  # not to compute with, but a captured graph may neither compile nor load
+    depthwise_conv2d(*tensors)
+    assert len(ran) == 1
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    depthwise_conv2d(*tensors)
+    assert len(ran) == 2
+
+
 def test_the_rule_decides_where_nothing_may_depend_on_measuring(pretended_gpu, monkeypatch):
     pretended_gpu["fft"] = 1.0
     tensors = operands()

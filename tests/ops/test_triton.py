@@ -219,6 +219,14 @@ def test_tiles_cover_the_map_and_windows_every_tap(height, width, kernel, config
     assert tiling.window_rows * tiling.window_columns == config.block_k // (itemsize // 2)
     assert tiling.reach % 8 == 0
     assert tiling.row_steps * tiling.window_rows >= kernel[0] - 1 + tiling.rows
+    # What the docstrings say about memory.
+    assert (
+        tiling.rows - 1 + tiling.row_steps * tiling.window_rows <= kernel[0] + config.block_n // 4 + config.block_k // 8
+    )
+    assert high - low + 1 <= kernel[1] + 217
+    assert tiling.row_steps * tiling.window_rows <= kernel[0] + config.block_n // 8 + config.block_k // 8
+    whole = _triton.choose_tiling(height, width, kernel, config, itemsize, clipped=False)
+    assert whole.column_steps * whole.window_columns <= kernel[1] + 136
     for first in range(0, width, tiling.columns):
         start, end = _triton._window(first, tiling.columns, width, tiling.reach, kernel[1])
         half = kernel[1] // 2
@@ -362,6 +370,7 @@ def test_compiled_loops_load_vectors_and_spill_nothing(capability, tmp_path):
         assert loop["copies"] == loop["copies of 16 bytes"] > 0, (kernel, case, loop)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("shape", "kernel"), [*STAGES, ((2, 96, 128, 128), (101, 101)), ((64, 96, 56, 56), (51, 5))])
@@ -374,6 +383,7 @@ def test_real_shapes_on_a_gpu(shape, kernel, dtype):
         assert grad_weight <= TOLERANCES[torch.float32] * 4, config
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_more_than_two_billion_values_on_a_gpu():
     shape, kernel = (33, 64, 1024, 1024), (7, 7)

@@ -1,0 +1,247 @@
+"""The operator on a real GPU: real shapes against float64, and inside the programs that users run there."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import lk_backbones
+from lk_backbones.ops import (
+    depthwise_conv2d,
+    depthwise_conv2d_and_more,
+    explain,
+    has_fused_depthwise,
+    is_measured,
+    measured_choices,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DEVICE = "cuda"
+
+SHAPES = [
+    ((8, 128, 56, 56), (31, 31)),
+    ((8, 256, 28, 28), (29, 29)),
+    ((8, 512, 14, 14), (27, 27)),
+    ((8, 1024, 7, 7), (13, 13)),
+    ((1, 128, 56, 56), (31, 31)),
+    ((2, 64, 128, 160), (31, 31)),
+    ((2, 96, 64, 64), (101, 101)),
+    ((8, 96, 56, 56), (51, 5)),
+    ((8, 96, 56, 56), (5, 51)),
+]
+# Of half precision: one rounding of the output. Weight gradients are sums over the batch and the map.
+TOLERANCES = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def operands(shape, kernel, dtype=torch.float32, channels_last=False):
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(shape[1], 1, *kernel, generator=generator).to(DEVICE, dtype) / kernel[0]
+    grad = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    if channels_last:
+        input = input.to(memory_format=torch.channels_last)
+    return input.requires_grad_(), weight.requires_grad_(), grad
+
+
+def plain(input, weight, bias=None):
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(input, weight, bias, padding=padding, groups=weight.shape[0])
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel"), SHAPES, ids=str)
+def test_every_method_equals_float64_convolution(shape, kernel, dtype, channels_last):
+    input, weight, grad = operands(shape, kernel, dtype, channels_last)
+    exact_operands = [tensor.detach().double().requires_grad_() for tensor in (input, weight)]
+    exact = plain(*exact_operands)
+    exact_grads = torch.autograd.grad(exact, exact_operands, grad.double())
+    for method in ("auto", "rule", "fft", "triton"):
+        output = depthwise_conv2d(input, weight, method=method)
+        grads = torch.autograd.grad(output, (input, weight), grad)
+        assert relative_error(output, exact) <= TOLERANCES[dtype], method
+        assert relative_error(grads[0], exact_grads[0]) <= TOLERANCES[dtype], method
+        assert relative_error(grads[1], exact_grads[1]) <= 2 * TOLERANCES[dtype], method
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        assert output.is_contiguous(memory_format=wanted)
+
+
+def test_tf32_is_used_where_it_is_allowed_only():
+    input, weight, _ = operands((4, 64, 56, 56), (31, 31))
+    exact = plain(input.double(), weight.double())
+    strict = relative_error(depthwise_conv2d(input, weight, method="triton"), exact)
+    torch.backends.cudnn.allow_tf32 = True
+    rounded = relative_error(depthwise_conv2d(input, weight, method="triton"), exact)
+    assert strict <= 5e-6 < rounded <= 2e-3
+
+
+def test_it_is_measured_and_remembered():
+    input, weight, grad = operands((4, 48, 40, 40), (15, 15), torch.bfloat16)
+    assert is_measured(input)
+    torch.autograd.grad(depthwise_conv2d(input, weight), (input, weight), grad)
+    plan = explain(input, weight)
+    assert list(plan.milliseconds) == ["forward", "input_gradient", "weight_gradient"]
+    assert f"measured on {torch.cuda.get_device_name()}" in plan.reason
+    for kind, times in plan.milliseconds.items():
+        assert times[getattr(plan, kind)] == min(times.values())
+    assert any("channels 48" in key and "kernel 15x15" in key for key in measured_choices())
+    text = (
+        "import torch; from lk_backbones.ops import explain; x = torch.empty(4, 48, 40, 40, device='meta').bfloat16()"
+    )
+    text += "; print(explain(x, torch.empty(48, 1, 15, 15, device='meta').bfloat16(), device='cuda'))"
+    other = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert "measured on" in other.stdout
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second captures CUDA graphs
+def test_compiled_programs(mode):
+    torch.manual_seed(0)
+    model = timm.create_model("replknet_31n", num_classes=4).to(DEVICE).eval()
+    images = torch.randn(2, 3, 64, 64, device=DEVICE)
+    compiled = torch.compile(model, mode=mode)
+    with torch.no_grad():
+        expected = model(images)
+        for _ in range(4):
+            torch.testing.assert_close(compiled(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_captured_graphs():
+    input, weight, _ = operands((4, 64, 56, 56), (31, 31), torch.bfloat16)
+    with torch.no_grad():
+        expected = depthwise_conv2d(input, weight, method="rule")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                depthwise_conv2d(input, weight)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = depthwise_conv2d(input, weight)
+        output.zero_()
+        graph.replay()
+        torch.testing.assert_close(output, expected)
+
+
+def test_another_stream_is_followed():
+    input, weight, _ = operands((16, 128, 56, 56), (31, 31), torch.bfloat16)
+    with torch.no_grad():
+        expected = depthwise_conv2d(input, weight, method="triton")
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            late = input * 2
+            output = depthwise_conv2d(late, weight, method="triton")
+        assert not stream.query()  # nothing waited for the device
+        stream.synchronize()
+        torch.testing.assert_close(output, expected * 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_device():
+    input, weight, _ = (tensor.detach().to("cuda:1") for tensor in operands((2, 32, 28, 28), (13, 13), torch.float16))
+    exact = plain(input.double(), weight.double())
+    assert relative_error(depthwise_conv2d(input, weight, method="triton"), exact) <= TOLERANCES[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = timm.create_model("replknet_31n", num_classes=4).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
+    images, labels = torch.randn(16, 3, 64, 64, device=DEVICE), torch.randint(4, (16,), device=DEVICE)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, dtype):
+            loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_no_memory_beyond_what_is_documented():
+    input, weight, _ = operands((32, 128, 56, 56), (31, 31), torch.bfloat16)
+    with torch.no_grad():
+        depthwise_conv2d(input, weight, method="triton")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = depthwise_conv2d(input, weight, method="triton")
+        used = torch.cuda.max_memory_allocated() - before
+    copies = 128 * 8 * (31 + 128 // 4 + 64 // 8) * (31 + 224) * 2
+    assert used <= output.numel() * 2 + copies
+
+
+def test_fused_inference():
+    input, weight, addend = operands((8, 128, 28, 28), (29, 29), torch.bfloat16)
+    bias = torch.randn(128, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert has_fused_depthwise(input, weight, bias, addend)
+        exact = (plain(input.double(), weight.double(), bias.double()) + addend.double()).relu()
+        output = depthwise_conv2d_and_more(input, weight, bias, addend, True, method="triton")
+        assert relative_error(output, exact) <= TOLERANCES[torch.bfloat16]
+
+
+def test_folded_models_compute_the_same():
+    torch.manual_seed(0)
+    for name in ("replknet_31n", "unireplknet_a", "slak_n", "pelk_n"):
+        model = timm.create_model(name, num_classes=4).to(DEVICE).eval()
+        images = torch.randn(2, 3, 96, 96, device=DEVICE)
+        with torch.inference_mode():
+            expected = model(images)
+            torch.testing.assert_close(lk_backbones.reparameterize(model)(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_ranks_do_not_wait_for_each_other(tmp_path):
+    code = textwrap.dedent(
+        """
+        import os, torch, torch.distributed as dist
+        from lk_backbones.layers import DepthwiseConv2d
+        rank = int(os.environ["RANK"])
+        dist.init_process_group("gloo")
+        torch.manual_seed(0)
+        module = DepthwiseConv2d(16, 16, 21, padding=10, groups=16).cuda()
+        module = torch.nn.parallel.DistributedDataParallel(module)
+        module(torch.randn(2, 16, 24 + 16 * rank, 24, device="cuda")).square().mean().backward()
+        print(rank, module.module.weight.grad.norm().item())
+        dist.destroy_process_group()
+        """
+    )
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LK_BACKBONES_CACHE": str(tmp_path)},
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    norms = {line.split()[1] for line in run.stdout.splitlines() if line[:2] in ("0 ", "1 ")}
+    assert len(norms) == 1
