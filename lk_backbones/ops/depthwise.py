@@ -23,21 +23,26 @@ def depthwise_conv2d(
 
     The same numbers as ``torch.nn.functional.conv2d(input, weight, bias, padding="same", dilation=dilation,
     groups=C)`` up to float rounding, on every device. Half precision is computed in float32 and rounded once. Results
-    are deterministic on CPUs.
+    are deterministic on CPUs. On CUDA devices the first call for a class of shapes measures which path is fastest there
+    (`explain` tells), which is remembered; see docs/depthwise.md.
 
     Two things see PyTorch's own convolution instead: exporters and tracers (``torch.export``, ONNX, TorchScript), so
     that exported models run without this package, and function transforms (``torch.func``, forward-mode AD).
 
     A NaN or an infinity in the input reaches the outputs whose window covers it; on the ``"fft"`` path it reaches the
-    whole map of that image and channel, and rounding errors are relative to the largest value of that map.
+    whole map of that image and channel, and rounding errors are relative to the largest value of that map; on the
+    ``"triton"`` paths it reaches all of the tiles whose windows cover it.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``, floating point. The result is in its memory format.
         weight: ``(C, 1, kH, kW)``, odd sizes, of the input's dtype and device. May be larger than the map.
         bias: ``(C,)`` or ``None``.
         dilation: Distance between the taps in pixels, for both axes or for ``(rows, columns)``.
-        method: ``"auto"`` chooses by shape and device (see `explain`); ``"direct"``, ``"fft"`` and ``"native"``
-            insist. The environment variable ``LK_BACKBONES_DEPTHWISE`` takes the place of ``"auto"``.
+        method: ``"auto"`` chooses by shape and device (see `explain`), on CUDA devices by what was measured there,
+            measuring what is new; ``"lookup"`` measures nothing and ``"rule"`` goes by nothing measured. ``"fft"`` and
+            ``"native"`` insist on a path, and so does ``"direct"`` on CPUs and do ``"triton"``, ``"cudnn"`` and
+            ``"aten"`` on CUDA devices; where the device or dtype lacks it, the rule decides. The environment variable
+            ``LK_BACKBONES_DEPTHWISE`` takes the place of ``"auto"``.
 
     Returns:
         Tensor of the input's shape and dtype. Under autocast, the dtype that autocast gives a convolution.
