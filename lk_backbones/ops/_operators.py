@@ -254,7 +254,7 @@ def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], opera
 
     problem_device = next(operand.device for operand in operands if operand is not None)
     with torch.no_grad():
-        return _cuda.tuner.measure(problem, candidates(operands), "native", made_up)
+        return _cuda.tuner.measure(problem, candidates(operands), ("native", "fft"), made_up)
 
 
 def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -214,7 +214,7 @@ class Tuner:
         self,
         problem: Problem,
         candidates: Mapping[str, Callable[[], Tensor]],
-        reference: str,
+        references: Sequence[str],
         made_up: Callable[[], Mapping[str, Callable[[], Tensor]]] | None = None,
     ) -> Choice | None:
         """Time candidates on the numbers at hand, and remember the fastest whose result agrees with the reference's.
@@ -225,25 +225,26 @@ class Tuner:
         Args:
             problem: What is to be computed.
             candidates: What computes it, by path; the likely ones first, as what is far slower is not timed at length.
-            reference: The path whose numbers count.
+            references: The path whose numbers count; others follow whose count if it cannot compute them.
             made_up: Returns the candidates for made-up numbers.
 
         Returns:
             The choice, or ``None`` if the numbers do not let one be made.
+
+        Raises:
+            Exception: What the last of the references raises if none can compute it, such as `torch.OutOfMemoryError`.
         """
         with self._lock:
             if (known := self.known.get(problem)) is not None:  # another thread was faster
                 return known
-            expected = candidates[reference]()
-            scale = _norm(expected)
-            if not math.isfinite(scale) or scale == 0:
+            reference, expected = _first_result(candidates, references)
+            if not _tells_something(expected):
                 self._undecided[problem] = self._undecided.get(problem, 0) + 1
                 if made_up is None or self._undecided[problem] < ATTEMPTS:
                     return None
                 candidates = made_up()
-                expected = candidates[reference]()
-                scale = _norm(expected)
-                if not math.isfinite(scale) or scale == 0:
+                reference, expected = _first_result(candidates, references)
+                if not _tells_something(expected):
                     return None
             choice, may_be_kept = self._compare(problem, candidates, reference, expected)
             self.known[problem] = choice
@@ -341,6 +342,22 @@ def disagreement(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     error = _norm(actual.to(torch.promote_types(actual.dtype, torch.float32)) - expected) / _norm(expected)
     return error if math.isfinite(error) else math.inf
+
+
+def _first_result(candidates: Mapping[str, Callable[[], Tensor]], references: Sequence[str]) -> tuple[str, Tensor]:
+    """Return the first of the references that can compute it, and its result."""
+    *others, last = [path for path in references if path in candidates]
+    for path in others:
+        try:
+            return path, candidates[path]()
+        except Exception as failure:  # mostly memory, of which others need less
+            _log.info("path %s computes nothing to compare with: %s", path, failure)
+    return last, candidates[last]()
+
+
+def _tells_something(expected: Tensor) -> bool:
+    norm = _norm(expected)
+    return math.isfinite(norm) and norm > 0
 
 
 def _norm(values: Tensor) -> float:

@@ -86,7 +86,7 @@ def test_the_fastest_of_those_that_agree_is_taken(file, caplog):
                 nan=RESULT * math.nan,
                 slow=RESULT,
             ),
-            "native",
+            ["native"],
         )
     assert choice.path == "quick"
     assert choice.milliseconds == {"quick": 1.0, "native": 10.0, "slow": 400.0}
@@ -107,27 +107,38 @@ def test_the_median_counts(file):
     times = iter([5.0, 5.0, 1.0, 9.0, 5.0, 90.0, *[6.0] * 6])
     clock = Clock()
     clock.__class__ = type("Uneven", (Clock,), {"__call__": lambda self, run, calls: next(times)})
-    choice = tuner(file, clock).measure(problem(), candidates(quick=RESULT, native=RESULT), "native")
+    choice = tuner(file, clock).measure(problem(), candidates(quick=RESULT, native=RESULT), ["native"])
     assert choice.milliseconds == {"quick": 5.0, "native": 6.0}
 
 
 def test_short_calls_are_timed_many_in_a_row(file):
     asked = []
     Tuner(lambda index: "Card", lambda run, calls: asked.append(calls) or 0.1, file).measure(
-        problem(), candidates(native=RESULT), "native"
+        problem(), candidates(native=RESULT), ["native"]
     )
     assert asked == [1, *[10] * _tuning.SAMPLES]
 
 
 def test_if_nothing_else_works_the_reference_is_taken(file):
-    choice = tuner(file, Clock()).measure(problem(), candidates(quick=ValueError(), native=RESULT), "native")
+    choice = tuner(file, Clock()).measure(problem(), candidates(quick=ValueError(), native=RESULT), ["native"])
     assert choice.path == "native"  # though the clock fails on it
+
+
+def test_where_the_reference_cannot_compute_it_another_path_is_one(file):
+    results = candidates(native=torch.OutOfMemoryError(), quick=RESULT, exact=RESULT, wrong=RESULT + 1)
+    made = tuner(file, Clock(quick=1.0, exact=2.0, wrong=0.1))
+    choice = made.measure(problem(), results, ["native", "exact"])
+    assert choice.path == "quick"
+    assert set(choice.rejected) == {"native", "wrong"}
+    nothing = candidates(native=torch.OutOfMemoryError("the user's batch is too large"))
+    with pytest.raises(torch.OutOfMemoryError, match="batch is too large"):
+        tuner(file.with_name("other"), Clock()).measure(problem(), nothing, ["native", "exact"])
 
 
 def test_what_was_out_of_memory_may_fit_the_next_time(file):
     results = candidates(native=RESULT, large=torch.OutOfMemoryError())
     first = tuner(file, Clock(native=1.0, large=0.1))
-    assert first.measure(problem(), results, "native").path == "native"
+    assert first.measure(problem(), results, ["native"]).path == "native"
     assert first.look_up(problem()).path == "native"
     assert not file.exists()
     assert tuner(file, Clock()).look_up(problem()) is None
@@ -139,22 +150,22 @@ def test_numbers_that_tell_nothing_decide_nothing(file, useless):
     made = tuner(file, clock)
     results = candidates(native=useless, quick=useless)
     for _ in range(_tuning.ATTEMPTS - 1):
-        assert made.measure(problem(), results, "native", lambda: candidates(native=RESULT, quick=RESULT)) is None
+        assert made.measure(problem(), results, ["native"], lambda: candidates(native=RESULT, quick=RESULT)) is None
     assert not clock.calls
     made_up = candidates(native=RESULT, quick=RESULT + 1)  # wrong, which useless numbers would not have told
-    assert made.measure(problem(), results, "native", lambda: made_up).path == "native"
+    assert made.measure(problem(), results, ["native"], lambda: made_up).path == "native"
     # With numbers that tell something it would have been decided at once.
-    assert tuner(file.with_name("other"), clock).measure(problem(), made_up, "native").path == "native"
+    assert tuner(file.with_name("other"), clock).measure(problem(), made_up, ["native"]).path == "native"
 
 
 def test_it_is_measured_once_and_remembered_by_others(file):
     clock = Clock(native=2.0, quick=1.0)
     first = tuner(file, clock)
     assert first.look_up(problem()) is None
-    choice = first.measure(problem(), candidates(native=RESULT, quick=RESULT), "native")
+    choice = first.measure(problem(), candidates(native=RESULT, quick=RESULT), ["native"])
     assert first.look_up(problem()) == choice
     measured = len(clock.calls)
-    assert first.measure(problem(), candidates(native=RESULT, quick=RESULT), "native") == choice
+    assert first.measure(problem(), candidates(native=RESULT, quick=RESULT), ["native"]) == choice
     assert len(clock.calls) == measured
     assert tuner(file, clock).look_up(problem()) == choice  # another process
     near = problem(shape=(60, 128, 57, 55))
@@ -181,7 +192,7 @@ def test_it_is_measured_once_and_remembered_by_others(file):
 )
 def test_classes_differ_in_what_decides(file, change):
     made = tuner(file, Clock(native=1.0))
-    made.measure(problem(), candidates(native=RESULT), "native")
+    made.measure(problem(), candidates(native=RESULT), ["native"])
     assert made.look_up(problem(**change)) is None
 
 
@@ -194,7 +205,7 @@ def test_sizes_share_a_class_within_a_factor():
 
 def test_a_path_that_cannot_be_taken_here_gives_way_to_the_next(file):
     made = tuner(file, Clock(native=3.0, quick=1.0, second=2.0))
-    made.measure(problem(), candidates(native=RESULT, quick=RESULT, second=RESULT), "native")
+    made.measure(problem(), candidates(native=RESULT, quick=RESULT, second=RESULT), ["native"])
     other = tuner(file, Clock())
     assert other.look_up(problem(), lambda path: path != "quick").path == "second"
     assert tuner(file, Clock()).look_up(problem(), lambda path: False) is None
@@ -219,7 +230,7 @@ def test_a_file_that_cannot_be_read_is_begun_anew(file, content, caplog):
     file.write_bytes(content)
     made = tuner(file, Clock(native=1.0))
     assert made.look_up(problem()) is None
-    choice = made.measure(problem(), candidates(native=RESULT), "native")
+    choice = made.measure(problem(), candidates(native=RESULT), ["native"])
     assert tuner(file, Clock()).look_up(problem()) == choice
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be read and is begun anew" in caplog.text
@@ -227,7 +238,7 @@ def test_a_file_that_cannot_be_read_is_begun_anew(file, content, caplog):
 
 def test_entries_that_are_not_as_written_are_left_out(file):
     made = tuner(file, Clock(native=1.0, quick=0.5))
-    choice = made.measure(problem(), candidates(native=RESULT, quick=RESULT), "native")
+    choice = made.measure(problem(), candidates(native=RESULT, quick=RESULT), ["native"])
     content = json.loads(file.read_bytes())
     (good,) = content["choices"].values()
     bad = [
@@ -252,7 +263,7 @@ def test_where_nothing_can_be_written_choices_last_as_long_as_the_process(tmp_pa
     in_the_way.write_text("the user's")
     made = tuner(in_the_way / "cache" / "depthwise.json", Clock(native=1.0))
     for kind in ("forward", "input_gradient"):
-        choice = made.measure(problem(kind=kind), candidates(native=RESULT), "native")
+        choice = made.measure(problem(kind=kind), candidates(native=RESULT), ["native"])
         assert made.look_up(problem(kind=kind)) == choice
     assert len(caplog.records) == 1  # said once
     assert in_the_way.read_text() == "the user's"
@@ -264,10 +275,10 @@ def test_nobody_waits_long_for_the_lock(file, monkeypatch):
     file.parent.mkdir()
     with FileLock(f"{file}.lock"):
         start = time.monotonic()
-        made.measure(problem(), candidates(native=RESULT), "native")
+        made.measure(problem(), candidates(native=RESULT), ["native"])
         assert time.monotonic() - start < 5
     assert not file.exists()
-    made.measure(problem(kind="input_gradient"), candidates(native=RESULT), "native")
+    made.measure(problem(kind="input_gradient"), candidates(native=RESULT), ["native"])
     assert len(tuner(file, Clock()).entries()) == 2  # the one that could not be saved is not lost
 
 
@@ -276,7 +287,7 @@ def test_a_process_that_was_killed_holds_no_lock(file):
     code = f"import os; from filelock import FileLock; FileLock({str(file) + '.lock'!r}).acquire(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     made = tuner(file, Clock(native=1.0))
-    made.measure(problem(), candidates(native=RESULT), "native")
+    made.measure(problem(), candidates(native=RESULT), ["native"])
     assert file.exists()
 
 
@@ -290,7 +301,7 @@ def test_two_processes_write_one_file(file):
         made = Tuner(lambda index: "Card", lambda run, calls: 1.0, Path({str(file)!r}))
         for channels in range(offset, 50, 2):
             one = Problem("forward", (1, channels + 1, 8, 8), (7, 7), (1, 1), torch.float32, False, "ieee", 0)
-            made.measure(one, {{"native": lambda: torch.ones(2)}}, "native")
+            made.measure(one, {{"native": lambda: torch.ones(2)}}, ["native"])
         """
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(offset)]) for offset in (0, 1)]
@@ -302,7 +313,7 @@ def test_two_processes_write_one_file(file):
 def test_what_others_have_measured_meanwhile_is_used(file):
     mine, theirs = tuner(file, Clock(native=1.0)), tuner(file, Clock(native=1.0))
     assert mine.look_up(problem()) is None
-    choice = theirs.measure(problem(), candidates(native=RESULT), "native")
+    choice = theirs.measure(problem(), candidates(native=RESULT), ["native"])
     assert mine.look_up(problem()) == choice
 
 
@@ -312,7 +323,7 @@ def test_threads_measure_once(file):
 
     def measure():
         results = {"native": candidate("native", lambda: time.sleep(0.01) or RESULT)}
-        running.append(made.measure(problem(), results, "native"))
+        running.append(made.measure(problem(), results, ["native"]))
 
     threads = [threading.Thread(target=measure) for _ in range(4)]
     for thread in threads:
