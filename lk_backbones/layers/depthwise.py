@@ -9,7 +9,7 @@ import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
-from lk_backbones.ops import depthwise_conv2d
+from lk_backbones.ops import depthwise_conv2d, depthwise_conv2d_and_more, has_fused_depthwise
 
 __all__ = ["DepthwiseConv2d", "replace_depthwise"]
 
@@ -54,6 +54,25 @@ class DepthwiseConv2d(nn.Conv2d):
         if self.stride != (1, 1) or self.padding_mode != "zeros" or not self._keeps_size():
             return self._conv_forward(input, self.weight, self.bias)
         return depthwise_conv2d(input, self.weight, self.bias, (self.dilation[0], self.dilation[1]))
+
+    @torch.jit.unused
+    def plus(self, input: Tensor, addend: Tensor | None = None, relu: bool = False) -> Tensor | None:
+        """Compute the convolution, a sum and a ReLU in one pass, for inference where the device saves time by it.
+
+        Args:
+            input: ``(N, C, H, W)``.
+            addend: ``(N, C, H, W)`` to be added, or ``None``.
+            relu: Whether negative values become zero at last.
+
+        Returns:
+            The result, or ``None`` where there is nothing to save or somebody must see the parts: then compute these.
+        """
+        if isinstance(input, torch.fx.Proxy) or not has_fused_depthwise(input, self.weight, self.bias, addend):
+            return None
+        if self.stride != (1, 1) or self.padding_mode != "zeros" or not self._keeps_size():
+            return None
+        dilation = self.dilation[0], self.dilation[1]
+        return depthwise_conv2d_and_more(input, self.weight, self.bias, addend, relu, dilation)
 
     @torch.jit.unused
     def _keeps_size(self) -> bool:

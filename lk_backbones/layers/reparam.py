@@ -16,6 +16,7 @@ import torch.nn as nn
 from timm.layers import create_act_layer
 from timm.utils.model import reparameterize_model
 
+from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.fold import (
@@ -208,7 +209,10 @@ class ReparamDepthwiseConv2d(nn.Module):
         out = self.branches[0](x)
         for index, branch in enumerate(self.branches):  # TorchScript cannot call what it slices off
             if index > 0:
-                out = out + branch(x)
+                if torch.jit.is_scripting():
+                    out = out + branch(x)
+                else:
+                    out = _plus_branch(out, branch, x)
         if self.identity is not None:
             out = out + self.identity(x)
         return out
@@ -248,6 +252,27 @@ class ReparamDepthwiseConv2d(nn.Module):
         for conv in convs[1:]:
             fold_scale_into_previous(conv, norm_scale(norm))
         return True
+
+
+@torch.jit.ignore
+def _plus_branch(total: torch.Tensor, branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Add what a branch makes of ``x``, along with its convolution where that is folded and the device can."""
+    if isinstance(branch, ConvNorm) and type(branch.conv) is DepthwiseConv2d and _is_bare(branch):
+        output = branch.conv.plus(x, total)
+        if output is not None:
+            return output
+    added: torch.Tensor = total + branch(x)
+    return added
+
+
+def _is_bare(branch: ConvNorm) -> bool:
+    """Return whether a branch is its convolution and nothing else, also to hooks."""
+    parts: tuple[nn.Module, ...] = (branch, branch.conv, branch.bn, branch.act)
+    return (
+        type(branch.bn) is nn.Identity
+        and type(branch.act) is nn.Identity
+        and not any(hooks_see_input(part) or hooks_see_output(part) for part in parts)
+    )
 
 
 def merge_branches(branches: Sequence[ConvNorm], dense: bool = False) -> list[ConvNorm]:
