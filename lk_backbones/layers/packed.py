@@ -20,6 +20,7 @@ from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import explain, pack_weight, packed_conv2d, packed_linear, takes_packed_weight
+from lk_backbones.ops._plan import operand_dtype
 
 __all__ = [
     "PackedConv2d",
@@ -61,10 +62,11 @@ class _Packed(nn.Module):
     @torch.jit.unused
     def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
         """Return the packed copy, made anew if the weight or what it is packed for has changed."""
-        source = weight.data_ptr(), weight._version, arguments[1:]  # without the shape of the input
+        dtype = operand_dtype(weight)
+        source = weight.data_ptr(), weight._version, dtype, arguments[1:]  # without the shape of the input
         packed = self._packed
         if packed is None or packed[0] is not weight or packed[1] != source:
-            self._packed = packed = weight, source, pack_weight(weight, *arguments)
+            self._packed = packed = weight, source, pack_weight(weight, *arguments, dtype=dtype)
         return packed[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,10 +80,12 @@ class _Packed(nn.Module):
 class PackedConv2d(_Packed, nn.Conv2d):
     """``nn.Conv2d`` and the activation after it, with a packed copy of the weight.
 
-    The copy takes as much memory as the weight, is made at the first call that can use it (float32, channels_last, no
-    gradient wanted) and made anew when the weight has changed or was trained, but for a change through
-    ``weight.data``, which PyTorch does not count. State dict, copies and pickles are as without it. Where the copy
-    cannot be used, the layer computes what its parts would. `pack` makes one of an existing layer.
+    The copy takes as much memory as the weight (half of a float32 weight's under autocast), is made at the first call
+    that can use it and made anew when the weight has changed or was trained, but for a change through ``weight.data``,
+    which PyTorch does not count, and when autocast is turned on or off. Calls can use it in float32, and in bfloat16 or
+    under its autocast where the processor has AVX512-BF16 or AMX; channels_last, no gradient wanted. State dict, copies
+    and pickles are as without it. Where the copy cannot be used, the layer computes what its parts would. `pack` makes
+    one of an existing layer.
 
     Args:
         *args: As ``nn.Conv2d``.

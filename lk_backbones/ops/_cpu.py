@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lk_backbones._private.torch import has_avx512_bf16
 from lk_backbones.ops import _fft
 from lk_backbones.ops._plan import Plan
 from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
@@ -27,7 +28,8 @@ FFT_COST = {"AVX512": 7.5, "AVX2": 4.0}  # per transformed value and per log2 of
 CHUNK_COST = 4e6  # of the calls for one chunk of transforms in the forward; a half more in the backward
 DIRECT_BACKWARD = 2.3  # the two gradients of the direct path in units of its forward
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
-COPY_COST = 30.0  # per value that changes its memory format
+COPY_COST = 30.0  # per value that changes its memory format, or its dtype
+DIRECT_BFLOAT16 = 1.45  # oneDNN's bfloat16 kernel in channels_last in units of the float32 one
 
 
 def choose_paths(
@@ -59,6 +61,8 @@ def choose_paths(
     # With more threads chunks grow, and so does what could be computed during the calls for one.
     calls = CHUNK_COST / math.prod(_fft.maps_per_chunk(shape, 4 * rows * columns, _fft.CHUNK_BYTES))
     copy = COPY_COST * height * width
+    # Half precision is converted to float32 and back, kernels too, unless oneDNN's own kernel costs less than that.
+    convert = 0.0 if dtype == torch.float32 else 2 * copy + COPY_COST * kernel_height * kernel_width / batch
     as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
 
     fft_forward = (2 + 1 / batch) * transform + calls + (2 * copy if channels_last else 0)
@@ -68,7 +72,14 @@ def choose_paths(
     possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
     if possible and fft_forward < direct_forward:
         forward = "fft"
-    elif as_is and dtype == torch.float32 and not (channels_last and _is_worth_widening(kernel_width, width, batch)):
+    elif not as_is or (channels_last and _is_worth_widening(kernel_width, width, batch)):
+        forward = "direct"
+    elif dtype == torch.float32 or (
+        dtype == torch.bfloat16
+        and channels_last  # in NCHW oneDNN's bfloat16 kernel takes twice as long
+        and computes_bfloat16()
+        and (DIRECT_BFLOAT16 - 1) * taps < convert
+    ):
         forward = "native"
     else:
         forward = "direct"
@@ -169,6 +180,14 @@ def _weight_grad(
 def _instructions() -> str:
     """Widest vector instructions that PyTorch uses: ``"AVX512"``, ``"AVX2"`` or another name."""
     return torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else "no oneDNN"
+
+
+def computes_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 numbers as they are, adding up in float32.
+
+    Where it does not, it imitates that, or leaves the work to far slower code.
+    """
+    return _instructions() == "AVX512" and has_avx512_bf16()
 
 
 def _needs_channels_last(input: Tensor, kernel_width: int) -> bool:

@@ -50,6 +50,15 @@ def resolve_method(method: str) -> str:
     return method
 
 
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution or a matrix product takes a tensor: autocast's, where that is on."""
+    device = tensor.device.type
+    untouched = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    if untouched or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def wants_plain_convolution(*tensors: Tensor) -> bool:
     """Return whether something is at work that must see PyTorch's own operator.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lk_backbones.ops import _operators
-from lk_backbones.ops._plan import METHODS, Method, Plan, wants_plain_convolution
+from lk_backbones.ops._plan import METHODS, Method, Plan, operand_dtype, wants_plain_convolution
 
 __all__ = ["Plan", "depthwise_conv2d", "explain"]
 
@@ -21,8 +21,8 @@ def depthwise_conv2d(
     """Depthwise convolution with stride 1 and zero padding that keeps the map's size, fast for large kernels.
 
     The same numbers as ``torch.nn.functional.conv2d(input, weight, bias, padding="same", dilation=dilation,
-    groups=C)`` up to float rounding, on every device. Half precision is computed in float32 and rounded once. Results
-    are deterministic on CPUs.
+    groups=C)`` up to float rounding, on every device. Half precision is added up in float32 and rounded once.
+    Results are deterministic on CPUs.
 
     Two things see PyTorch's own convolution instead: exporters and tracers (``torch.export``, ONNX, TorchScript), so
     that exported models run without this package, and function transforms (``torch.func``, forward-mode AD).
@@ -48,10 +48,8 @@ def depthwise_conv2d(
     if wants_plain_convolution(input, weight):
         return _operators.native(input, weight, bias, dilation)
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    input, weight = input.to(operand_dtype(input)), weight.to(operand_dtype(weight))
+    bias = None if bias is None else bias.to(operand_dtype(bias))
     _check(input, weight, bias, method)
     if method == "native" or (method == "auto" and _operators.native_is_best(device, weight, dilation)):
         return _operators.native(input, weight, bias, dilation)
@@ -75,7 +73,8 @@ def explain(
 ) -> Plan:
     """Say which path `depthwise_conv2d` takes for these tensors, and why.
 
-    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do.
+    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do. Under autocast, it is the path that
+    the op takes there.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
@@ -91,14 +90,12 @@ def explain(
         ValueError: As `depthwise_conv2d`.
     """
     dilation = _operators.pair(dilation)
+    if operand_dtype(input) != input.dtype or operand_dtype(weight) != weight.dtype:
+        device = input.device.type if device is None else device
+        input, weight = (tensor.to("meta", operand_dtype(tensor)) for tensor in (input, weight))
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
     return _operators.plan_for(input, weight, dilation, method, input.device.type if device is None else device)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do what autocast does to a convolution's operand."""
-    return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:

@@ -19,7 +19,8 @@ from lk_backbones._private.torch import (
     reorder_convolution_weight,
     reorder_linear_weight,
 )
-from lk_backbones.ops._plan import wants_plain_convolution
+from lk_backbones.ops import _cpu
+from lk_backbones.ops._plan import operand_dtype, wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
 __all__ = ["pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
@@ -28,8 +29,9 @@ __all__ = ["pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight
 def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `packed_conv2d` can stand in for a convolution, or `packed_linear` for a linear layer.
 
-    They have no derivative and are made for float32 (maps in channels_last) on CPUs with oneDNN; exporters, tracers and
-    compilers cannot look into a packed weight. A weight made in inference mode does not count its changes, so that a
+    They have no derivative and are made for CPUs with oneDNN: for float32, and for bfloat16, also by autocast, where
+    the processor has instructions for it; maps in channels_last. Exporters, tracers and compilers cannot look into a
+    packed weight. A weight made in inference mode does not count its changes, so that a
     packed copy could go out of date. They do not check what a layer does: a bias is read as ``(O,)`` numbers in a row.
 
     Args:
@@ -40,12 +42,12 @@ def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = Non
     tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
         not torch.compiler.is_compiling()
-        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and _have_packed_dtype(tensors)
         and input.layout == torch.strided
         and not input.is_nested
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and not torch.is_autocast_enabled("cpu")
         and not operators_are_watched()  # who looks at operators knows others
         and not wants_plain_convolution(*tensors)
         and (_is_rows(input, weight) if weight.dim() == 2 else input.dim() == 4 and is_channels_last(input))
@@ -62,21 +64,23 @@ def pack_weight(
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Copy a weight into the blocks that oneDNN computes with.
 
     Args:
-        weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; float32, on the CPU.
+        weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; float32 or bfloat16, on the CPU.
         input_shape: ``(N, C, H, W)`` of a typical input of a convolution; others work too.
         padding: Of the convolution.
         stride: Of the convolution.
         dilation: Of the convolution.
         groups: Of the convolution.
+        dtype: What to compute in; the weight's if ``None``.
 
     Returns:
         An opaque tensor for `packed_conv2d` or `packed_linear`: it cannot be copied, saved or moved.
     """
-    weight = weight.detach()
+    weight = weight.detach().to(dtype)
     if weight.dim() == 2 or _is_product(weight.shape[2:], padding, stride, groups):
         return reorder_linear_weight(weight.flatten(1).contiguous())
     return reorder_convolution_weight(
@@ -97,9 +101,9 @@ def packed_conv2d(
     """Convolution with a packed weight, then an activation while the result is in the cache.
 
     Args:
-        input: ``(N, C, H, W)``, float32, channels_last.
+        input: ``(N, C, H, W)``, channels_last; is converted to the packed weight's dtype.
         packed: From `pack_weight`, with the same padding, stride, dilation and groups.
-        bias: ``(O,)`` or ``None``.
+        bias: ``(O,)``, float32 or of the packed weight's dtype, or ``None``.
         padding: Zeros on each side of rows and columns.
         stride: Of rows and columns.
         dilation: Of rows and columns.
@@ -108,12 +112,12 @@ def packed_conv2d(
             ``("gelu", "none")`` or ``("gelu", "tanh")``.
 
     Returns:
-        ``(N, O, H', W')``, channels_last. No gradient flows through it.
+        ``(N, O, H', W')``, of the packed weight's dtype, channels_last. No gradient flows through it.
     """
     if packed.dim() == 2:
         return packed_linear(input.permute(0, 2, 3, 1), packed, bias, activation).permute(0, 3, 1, 2)
     return convolution_pointwise(
-        input, packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
+        input.to(packed.dtype), packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
     )
 
 
@@ -123,15 +127,21 @@ def packed_linear(
     """Linear layer with a packed weight, then an activation while the result is in the cache.
 
     Args:
-        input: ``(*, C)`` of two dimensions or more, float32.
+        input: ``(*, C)`` of two dimensions or more; is converted to the packed weight's dtype.
         packed: From `pack_weight`.
-        bias: ``(O,)`` or ``None``.
+        bias: ``(O,)``, float32 or of the packed weight's dtype, or ``None``.
         activation: As `packed_conv2d`.
 
     Returns:
-        ``(*, O)``. No gradient flows through it.
+        ``(*, O)``, of the packed weight's dtype. No gradient flows through it.
     """
-    return linear_pointwise(input, packed, bias, activation)
+    return linear_pointwise(input.to(packed.dtype), packed, bias, activation)
+
+
+def _have_packed_dtype(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all are computed in one dtype that oneDNN is fast in."""
+    dtypes = {operand_dtype(tensor) for tensor in tensors}
+    return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and _cpu.computes_bfloat16())
 
 
 def _is_rows(input: Tensor, weight: Tensor) -> bool:
