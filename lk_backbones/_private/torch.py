@@ -15,6 +15,7 @@ from lk_backbones._private.borrow import borrow
 __all__ = [
     "convolution_pointwise",
     "functorch_is_active",
+    "has_amx",
     "has_avx512_bf16",
     "has_packed_operators",
     "hooks_see_input",
@@ -31,6 +32,7 @@ __all__ = [
 tree_map = borrow("torch", "torch.utils._pytree", "tree_map")
 _functorch_is_active = borrow("torch", "torch._C", "_are_functorch_transforms_active")
 _dispatch_modes = borrow("torch", "torch._C", "_len_torch_dispatch_stack")
+_is_amx_tile_supported = borrow("torch", "torch.cpu", "_is_amx_tile_supported")
 _is_avx512_bf16_supported = borrow("torch", "torch.cpu", "_is_avx512_bf16_supported")
 
 
@@ -61,8 +63,13 @@ def hooks_see_output(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def has_amx() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16 numbers."""
+    return bool(_is_amx_tile_supported())
+
+
 def has_avx512_bf16() -> bool:
-    """Return whether the processor multiplies bfloat16 numbers; every processor with AMX does."""
+    """Return whether the processor multiplies vectors of bfloat16 numbers; every processor with AMX does."""
     return bool(_is_avx512_bf16_supported())
 
 

@@ -7,6 +7,7 @@ told by `called_in_a_row`, so that the activation can be computed along.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,17 @@ from torch import Tensor
 from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
-from lk_backbones.ops import explain, pack_weight, packed_conv2d, packed_linear, takes_packed_weight
+from lk_backbones.ops import (
+    bands_conv2d,
+    direct_conv2d,
+    explain,
+    pack_bands,
+    pack_direct,
+    pack_weight,
+    packed_conv2d,
+    packed_linear,
+    takes_packed_weight,
+)
 from lk_backbones.ops._plan import operand_dtype
 
 __all__ = [
@@ -38,6 +49,23 @@ __all__ = [
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # padding, stride, dilation, groups
+
+# A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one from
+# coming to lie at its address.
+_Copy = tuple[Tensor, tuple[Any, ...], Tensor]
+
+
+@dataclass
+class _Copies:
+    """Packed copies of a layer's weight: as it is, for the paths of large kernels, and the width of the last map."""
+
+    plain: _Copy | None = None
+    direct: _Copy | None = None
+    bands: _Copy | None = None
+    width: int = 0
+
+
 class _Packed(nn.Module):
     """What a packed convolution and a packed linear layer share."""
 
@@ -45,9 +73,7 @@ class _Packed(nn.Module):
 
     def _follow_with(self, act: nn.Module | None) -> None:
         self.act: nn.Module = nn.Identity() if act is None else act
-        # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one
-        # from coming to lie at its address.
-        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+        self._packed = _Copies()
 
     @torch.jit.unused
     def _takes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -56,24 +82,26 @@ class _Packed(nn.Module):
         PyTorch does not count what its fused optimisers change.
         """
         if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._packed = None
+            self._packed = _Copies()
         return takes_packed_weight(input, weight, bias)
 
     @torch.jit.unused
-    def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
+    def _packed_weight(
+        self, weight: Tensor, input_shape: tuple[int, ...] = (), geometry: _Geometry = ((0, 0), (1, 1), (1, 1), 1)
+    ) -> Tensor:
         """Return the packed copy, made anew if the weight or what it is packed for has changed."""
         dtype = operand_dtype(weight)
-        source = weight.data_ptr(), weight._version, dtype, arguments[1:]  # without the shape of the input
-        packed = self._packed
-        if packed is None or packed[0] is not weight or packed[1] != source:
-            self._packed = packed = weight, source, pack_weight(weight, *arguments, dtype=dtype)
-        return packed[2]
+        source = weight.data_ptr(), weight._version, dtype, geometry
+        copy = self._packed.plain
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            self._packed.plain = copy = weight, source, pack_weight(weight, input_shape, *geometry, dtype=dtype)
+        return copy[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
+        return {**self.__dict__, "_packed": _Copies()}  # a packed weight can be neither copied nor pickled
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed = None
+        self._packed = _Copies()
         return super()._apply(*args, **kwargs)
 
 
@@ -108,23 +136,24 @@ class PackedConv2d(_Packed, nn.Conv2d):
     def _packed_forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(self._unpacked(input))
-        activation, weight, padding = _onednn_activation(self.act), self.weight, self.padding
-        simple = self._takes(input, weight, self.bias) and self.padding_mode == "zeros"
-        if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
-            return self.act(self._unpacked(input))
-        geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
-        packed = self._packed_weight(weight, input.shape, *geometry)
+        activation, padding = _onednn_activation(self.act), self.padding
+        simple = self._takes(input, self.weight, self.bias) and self.padding_mode == "zeros"
+        output = None
+        if simple and activation is not None and not isinstance(padding, str):
+            # read anew, as users change attributes
+            output = self._compute(input, activation, (padding, self.stride, self.dilation, self.groups))
+        return self.act(self._unpacked(input)) if output is None else output
+
+    @torch.jit.unused
+    def _compute(self, input: Tensor, activation: tuple[str, str], geometry: _Geometry) -> Tensor | None:
+        """Compute it with a packed weight, or return ``None`` where that is not the best way."""
+        packed = self._packed_weight(self.weight, input.shape, geometry)
         return packed_conv2d(input, packed, self.bias, *geometry, activation)
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
         """Compute it by other means."""
         return self._conv_forward(input, self.weight, self.bias)
-
-    @torch.jit.unused
-    def _is_native(self, input: Tensor) -> bool:
-        """Return whether oneDNN is the best way to compute it."""
-        return True
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -166,17 +195,51 @@ class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
 
 
 class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
-    """`PackedConv2d` for `DepthwiseConv2d`, but for what runs through transforms."""
+    """`PackedConv2d` for `DepthwiseConv2d`, but for what runs through transforms or is dilated.
+
+    In bfloat16 on processors with AMX a large kernel is packed as band matrices (`lk_backbones.ops.pack_bands`), which
+    fit one width of maps: that of the first call, and another one when two calls in a row have it. Their memory is
+    ``2 * C * kH * W * W`` bytes.
+    """
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
         return self._fast_forward(input)
 
     @torch.jit.unused
-    def _is_native(self, input: Tensor) -> bool:
+    def _compute(self, input: Tensor, activation: tuple[str, str], geometry: _Geometry) -> Tensor | None:
         if self.stride != (1, 1) or not self._keeps_size():
-            return True
-        return explain(input, self.weight, (self.dilation[0], self.dilation[1])).forward == "native"
+            return super()._compute(input, activation, geometry)
+        weight, dilation = self.weight, (self.dilation[0], self.dilation[1])
+        path = explain(input, weight, dilation, packed=True).forward
+        if path == "native":
+            return super()._compute(input, activation, geometry)
+        bands = self._packed_bands(weight, input.shape) if path == "bands" else None
+        if bands is not None:
+            return bands_conv2d(input, bands, self.bias, activation)
+        if path == "fft" or dilation != (1, 1):
+            return None
+        return direct_conv2d(input, self._packed_direct(weight, input.shape), self.bias, activation)
+
+    @torch.jit.unused
+    def _packed_direct(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """Return the packed copy for the path ``"direct"``, made anew if the weight has changed."""
+        copy, source = self._packed.direct, (weight.data_ptr(), weight._version)
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            self._packed.direct = copy = weight, source, pack_direct(weight, shape)
+        return copy[2]
+
+    @torch.jit.unused
+    def _packed_bands(self, weight: Tensor, shape: torch.Size) -> Tensor | None:
+        """Return the band matrices for maps of that width, or ``None`` if they are for another one."""
+        width, copies = shape[3], self._packed
+        last, copies.width = copies.width, width
+        source, copy = (weight.data_ptr(), weight._version, width), copies.bands
+        if copy is not None and copy[1][2] != width != last:
+            return None
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            copies.bands = copy = weight, source, pack_bands(weight, shape)
+        return copy[2]
 
 
 _PACKED: dict[type[nn.Module], type[_Packed]] = {

@@ -1,13 +1,25 @@
 """Tensor operations: depthwise convolution with large kernels, fast without anything to compile."""
 
+from lk_backbones.ops.bands import bands_conv2d, pack_bands
 from lk_backbones.ops.depthwise import depthwise_conv2d, explain
 from lk_backbones.ops.memory_format import to_preferred_memory_format
-from lk_backbones.ops.packed import pack_weight, packed_conv2d, packed_linear, takes_packed_weight
+from lk_backbones.ops.packed import (
+    direct_conv2d,
+    pack_direct,
+    pack_weight,
+    packed_conv2d,
+    packed_linear,
+    takes_packed_weight,
+)
 from lk_backbones.ops.pointwise import pointwise_conv2d
 
 __all__ = [
+    "bands_conv2d",
     "depthwise_conv2d",
+    "direct_conv2d",
     "explain",
+    "pack_bands",
+    "pack_direct",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",

@@ -66,7 +66,9 @@ def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bo
     return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
 
 
-def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
+def plan_for(
+    input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str, packed: bool = False
+) -> Plan:
     """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
     if method == "auto" and native_is_best(device, weight, dilation):
         return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
@@ -78,6 +80,7 @@ def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: s
         dilation,
         resolve_method(method),
         device,
+        packed,
     )
 
 
@@ -90,6 +93,7 @@ def _cached_plan(
     dilation: tuple[int, int],
     method: str,
     device: str,
+    packed: bool,
 ) -> Plan:
     if 0 in input_shape:
         return Plan("native", "native", "the input is empty")
@@ -103,8 +107,8 @@ def _cached_plan(
     kernel_size = crop_kernel(whole_kernel, (rows, columns))
     if device == "cuda":
         return _cuda.choose_paths(shape, kernel_size, dtype)
-    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last)
-    if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
+    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last, packed and dilation == (1, 1))
+    if chosen.forward in ("fft", "bands") or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
     narrow = _cpu.is_narrow(whole_kernel[1], dilation)

@@ -23,7 +23,8 @@ class Plan:
 
     Attributes:
         forward: Path of the output: ``"direct"`` (in the spatial domain, arranged for speed), ``"fft"`` (through
-            Fourier transforms) or ``"native"`` (PyTorch's own operator, as it runs without this package).
+            Fourier transforms), ``"native"`` (PyTorch's own operator, as it runs without this package) or, for packed
+            weights only, ``"bands"`` (products with band matrices).
         backward: Path of both gradients.
         reason: Why, in words.
     """

@@ -70,10 +70,11 @@ def explain(
     dilation: int | tuple[int, int] = 1,
     method: Method = "auto",
     device: str | None = None,
+    packed: bool = False,
 ) -> Plan:
     """Say which path `depthwise_conv2d` takes for these tensors, and why.
 
-    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do. Under autocast, it is the path that
+    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do. Under autocast it is the path that
     the op takes there.
 
     Args:
@@ -82,6 +83,7 @@ def explain(
         dilation: As `depthwise_conv2d`.
         method: As `depthwise_conv2d`.
         device: Device type to plan for, such as ``"cuda"``; the input's if ``None``.
+        packed: Whether to say it of a layer whose weight is packed ahead (`lk_backbones.prepack_weights`).
 
     Returns:
         The plan; ``print`` it.
@@ -95,7 +97,8 @@ def explain(
         input, weight = (tensor.to("meta", operand_dtype(tensor)) for tensor in (input, weight))
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
-    return _operators.plan_for(input, weight, dilation, method, input.device.type if device is None else device)
+    device = input.device.type if device is None else device
+    return _operators.plan_for(input, weight, dilation, method, device, packed)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:

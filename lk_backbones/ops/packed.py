@@ -23,7 +23,7 @@ from lk_backbones.ops import _cpu
 from lk_backbones.ops._plan import operand_dtype, wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
-__all__ = ["pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
+__all__ = ["direct_conv2d", "pack_direct", "pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
 
 
 def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -119,6 +119,44 @@ def packed_conv2d(
     return convolution_pointwise(
         input.to(packed.dtype), packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
     )
+
+
+def pack_direct(weight: Tensor, input_shape: Sequence[int]) -> Tensor:
+    """Copy a depthwise weight, in float32, into the blocks that the path ``"direct"`` of a plan computes with.
+
+    Args:
+        weight: ``(C, 1, kH, kW)``, odd sizes, float32 or bfloat16, on the CPU.
+        input_shape: ``(N, C, H, W)`` of a typical input; others work too.
+
+    Returns:
+        An opaque tensor for `direct_conv2d`: it cannot be copied, saved or moved. Its shape is the kernel's, which may
+        be wider than the weight.
+    """
+    weight = _cpu.widen(weight.detach().float(), input_shape[3], input_shape[0])
+    return pack_weight(weight, input_shape, (weight.shape[2] // 2, weight.shape[3] // 2), groups=weight.shape[0])
+
+
+def direct_conv2d(
+    input: Tensor, packed: Tensor, bias: Tensor | None = None, activation: tuple[str, str] = ("none", "")
+) -> Tensor:
+    """Depthwise convolution with stride 1 and zero padding that keeps the map's size, then an activation.
+
+    Computed in float32 and rounded once.
+
+    Args:
+        input: ``(N, C, H, W)``, float32 or bfloat16, channels_last.
+        packed: From `pack_direct`.
+        bias: ``(C,)`` or ``None``.
+        activation: As `packed_conv2d`.
+
+    Returns:
+        ``(N, C, H, W)``, channels_last, of the dtype that autocast gives a convolution, or the input's. No gradient
+        flows through it.
+    """
+    padding = packed.shape[2] // 2, packed.shape[3] // 2
+    bias = None if bias is None else bias.float()
+    output = packed_conv2d(input, packed, bias, padding, groups=input.shape[1], activation=activation)
+    return output.to(operand_dtype(input))
 
 
 def packed_linear(
