@@ -63,11 +63,13 @@ def hooks_see_output(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+@functools.cache
 def has_amx() -> bool:
     """Return whether the processor multiplies matrices of bfloat16 numbers."""
     return bool(_is_amx_tile_supported())
 
 
+@functools.cache
 def has_avx512_bf16() -> bool:
     """Return whether the processor multiplies vectors of bfloat16 numbers; every processor with AMX does."""
     return bool(_is_avx512_bf16_supported())

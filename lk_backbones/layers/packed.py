@@ -23,15 +23,14 @@ from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import (
     bands_conv2d,
     direct_conv2d,
-    explain,
     pack_bands,
     pack_direct,
     pack_weight,
     packed_conv2d,
+    packed_dtype,
     packed_linear,
-    takes_packed_weight,
 )
-from lk_backbones.ops._plan import operand_dtype
+from lk_backbones.ops._operators import plan_for
 
 __all__ = [
     "PackedConv2d",
@@ -76,21 +75,24 @@ class _Packed(nn.Module):
         self._packed = _Copies()
 
     @torch.jit.unused
-    def _takes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Return whether the packed copy can be used; drop it where the weight is being trained.
+    def _packed_dtype(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+        """Return the dtype of a packed copy that can be used; drop all copies where the weight is being trained.
 
         PyTorch does not count what its fused optimisers change.
         """
-        if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
             self._packed = _Copies()
-        return takes_packed_weight(input, weight, bias)
+        return packed_dtype(input, weight, bias)
 
     @torch.jit.unused
     def _packed_weight(
-        self, weight: Tensor, input_shape: tuple[int, ...] = (), geometry: _Geometry = ((0, 0), (1, 1), (1, 1), 1)
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        input_shape: tuple[int, ...] = (),
+        geometry: _Geometry = ((0, 0), (1, 1), (1, 1), 1),
     ) -> Tensor:
         """Return the packed copy, made anew if the weight or what it is packed for has changed."""
-        dtype = operand_dtype(weight)
         source = weight.data_ptr(), weight._version, dtype, geometry
         copy = self._packed.plain
         if copy is None or copy[0] is not weight or copy[1] != source:
@@ -136,19 +138,27 @@ class PackedConv2d(_Packed, nn.Conv2d):
     def _packed_forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(self._unpacked(input))
-        activation, padding = _onednn_activation(self.act), self.padding
-        simple = self._takes(input, self.weight, self.bias) and self.padding_mode == "zeros"
+        weight, bias, act, padding = self.weight, self.bias, self.act, self.padding  # modules look them up slowly
+        activation, dtype = _onednn_activation(act), self._packed_dtype(input, weight, bias)
         output = None
-        if simple and activation is not None and not isinstance(padding, str):
-            # read anew, as users change attributes
-            output = self._compute(input, activation, (padding, self.stride, self.dilation, self.groups))
-        return self.act(self._unpacked(input)) if output is None else output
+        if dtype and activation and not isinstance(padding, str) and self.padding_mode == "zeros":
+            geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
+            output = self._compute(input, weight, bias, dtype, activation, geometry)
+        return act(self._unpacked(input)) if output is None else output
 
     @torch.jit.unused
-    def _compute(self, input: Tensor, activation: tuple[str, str], geometry: _Geometry) -> Tensor | None:
+    def _compute(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activation: tuple[str, str],
+        geometry: _Geometry,
+    ) -> Tensor | None:
         """Compute it with a packed weight, or return ``None`` where that is not the best way."""
-        packed = self._packed_weight(self.weight, input.shape, geometry)
-        return packed_conv2d(input, packed, self.bias, *geometry, activation)
+        packed = self._packed_weight(weight, dtype, input.shape, geometry)
+        return packed_conv2d(input, packed, bias, *geometry, activation)
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
@@ -180,10 +190,12 @@ class PackedLinear(_Packed, nn.Linear):
     def _packed_forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(F.linear(input, self.weight, self.bias))
-        activation, weight = _onednn_activation(self.act), self.weight
-        if not self._takes(input, weight, self.bias) or activation is None:
-            return self.act(F.linear(input, weight, self.bias))
-        return packed_linear(input, self._packed_weight(weight), self.bias, activation)
+        weight, bias, act = self.weight, self.bias, self.act
+        activation, dtype = _onednn_activation(act), self._packed_dtype(input, weight, bias)
+        if dtype is None or activation is None:
+            output: Tensor = act(F.linear(input, weight, bias))
+            return output
+        return packed_linear(input, self._packed_weight(weight, dtype), bias, activation)
 
 
 class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
@@ -207,19 +219,26 @@ class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
         return self._fast_forward(input)
 
     @torch.jit.unused
-    def _compute(self, input: Tensor, activation: tuple[str, str], geometry: _Geometry) -> Tensor | None:
-        if self.stride != (1, 1) or not self._keeps_size():
-            return super()._compute(input, activation, geometry)
-        weight, dilation = self.weight, (self.dilation[0], self.dilation[1])
-        path = explain(input, weight, dilation, packed=True).forward
+    def _compute(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activation: tuple[str, str],
+        geometry: _Geometry,
+    ) -> Tensor | None:
+        dilation, path = (self.dilation[0], self.dilation[1]), "native"
+        if self.stride == (1, 1) and self._keeps_size():
+            path = plan_for(input, weight, dilation, "auto", "cpu", packed=True, dtype=dtype).forward
         if path == "native":
-            return super()._compute(input, activation, geometry)
+            return super()._compute(input, weight, bias, dtype, activation, geometry)
         bands = self._packed_bands(weight, input.shape) if path == "bands" else None
         if bands is not None:
-            return bands_conv2d(input, bands, self.bias, activation)
+            return bands_conv2d(input, bands, bias, activation)
         if path == "fft" or dilation != (1, 1):
             return None
-        return direct_conv2d(input, self._packed_direct(weight, input.shape), self.bias, activation)
+        return direct_conv2d(input, self._packed_direct(weight, input.shape), bias, activation)
 
     @torch.jit.unused
     def _packed_direct(self, weight: Tensor, shape: torch.Size) -> Tensor:

@@ -8,8 +8,8 @@ from lk_backbones.ops.packed import (
     pack_direct,
     pack_weight,
     packed_conv2d,
+    packed_dtype,
     packed_linear,
-    takes_packed_weight,
 )
 from lk_backbones.ops.pointwise import pointwise_conv2d
 
@@ -22,8 +22,8 @@ __all__ = [
     "pack_direct",
     "pack_weight",
     "packed_conv2d",
+    "packed_dtype",
     "packed_linear",
     "pointwise_conv2d",
-    "takes_packed_weight",
     "to_preferred_memory_format",
 ]

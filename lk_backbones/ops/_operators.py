@@ -67,15 +67,24 @@ def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bo
 
 
 def plan_for(
-    input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str, packed: bool = False
+    input: Tensor,
+    weight: Tensor,
+    dilation: tuple[int, int],
+    method: str,
+    device: str,
+    packed: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
+    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``, which may be packed ahead.
+
+    The dtype is the input's if it is ``None``.
+    """
     if method == "auto" and native_is_best(device, weight, dilation):
         return Plan("native", "native", f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}")
     return _cached_plan(
         input.shape,
         weight.shape,
-        input.dtype,
+        input.dtype if dtype is None else dtype,
         is_channels_last(input),
         dilation,
         resolve_method(method),

@@ -53,11 +53,10 @@ def resolve_method(method: str) -> str:
 
 def operand_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which a convolution or a matrix product takes a tensor: autocast's, where that is on."""
-    device = tensor.device.type
-    untouched = tensor.dtype == torch.float64 or not tensor.is_floating_point()
-    if untouched or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
+    dtype, device = tensor.dtype, tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
+    return dtype
 
 
 def wants_plain_convolution(*tensors: Tensor) -> bool:

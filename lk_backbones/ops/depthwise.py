@@ -92,7 +92,8 @@ def explain(
         ValueError: As `depthwise_conv2d`.
     """
     dilation = _operators.pair(dilation)
-    if operand_dtype(input) != input.dtype or operand_dtype(weight) != weight.dtype:
+    dtype = operand_dtype(input)
+    if dtype != input.dtype or dtype != weight.dtype:  # nothing is computed: the conversions cost nothing
         device = input.device.type if device is None else device
         input, weight = (tensor.to("meta", operand_dtype(tensor)) for tensor in (input, weight))
     _check(input, weight, None, method)

@@ -23,30 +23,46 @@ from lk_backbones.ops import _cpu
 from lk_backbones.ops._plan import operand_dtype, wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
-__all__ = ["direct_conv2d", "pack_direct", "pack_weight", "packed_conv2d", "packed_linear", "takes_packed_weight"]
+__all__ = ["direct_conv2d", "pack_direct", "pack_weight", "packed_conv2d", "packed_dtype", "packed_linear"]
 
 
-def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `packed_conv2d` can stand in for a convolution, or `packed_linear` for a linear layer.
+def packed_dtype(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> torch.dtype | None:
+    """Say in which dtype `packed_conv2d` can stand in for a convolution, or `packed_linear` for a linear layer.
 
     They have no derivative and are made for CPUs with oneDNN: for float32, and for bfloat16, also by autocast, where
     the processor has instructions for it; maps in channels_last. Exporters, tracers and compilers cannot look into a
-    packed weight. A weight made in inference mode does not count its changes, so that a
-    packed copy could go out of date. They do not check what a layer does: a bias is read as ``(O,)`` numbers in a row.
+    packed weight. A weight made in inference mode does not count its changes, so that a packed copy could go out of
+    date. They do not check what a layer does: a bias is read as ``(O,)`` numbers in a row.
 
     Args:
         input: ``(N, C, H, W)``, or ``(*, C)`` for a linear layer.
         weight: ``(O, C / groups, kH, kW)``, or ``(O, C)`` for a linear layer; not packed.
         bias: ``(O,)`` or ``None``.
+
+    Returns:
+        The dtype to pack the weight in, or ``None`` where they cannot.
     """
+    # Spelled out: between large kernels Python runs from cold caches, and every call counts.
+    dtype = operand_dtype(input)
+    if not (dtype == torch.float32 or (dtype == torch.bfloat16 and _cpu.computes_bfloat16())):
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    if weight.dtype != dtype and not (autocast and operand_dtype(weight) == dtype):
+        return None
+    if bias is not None and not (
+        (bias.dtype == dtype or (autocast and operand_dtype(bias) == dtype))
+        and bias.is_cpu
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+    ):
+        return None
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    return (
+    possible = (
         not torch.compiler.is_compiling()
-        and all(tensor.device.type == "cpu" for tensor in tensors)
-        and _have_packed_dtype(tensors)
+        and input.is_cpu
+        and weight.is_cpu
         and input.layout == torch.strided
         and not input.is_nested
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not operators_are_watched()  # who looks at operators knows others
         and not wants_plain_convolution(*tensors)
@@ -55,6 +71,7 @@ def takes_packed_weight(input: Tensor, weight: Tensor, bias: Tensor | None = Non
         and bool(torch.backends.mkldnn.enabled)
         and has_packed_operators()
     )
+    return dtype if possible else None
 
 
 def pack_weight(
@@ -174,12 +191,6 @@ def packed_linear(
         ``(*, O)``, of the packed weight's dtype. No gradient flows through it.
     """
     return linear_pointwise(input.to(packed.dtype), packed, bias, activation)
-
-
-def _have_packed_dtype(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all are computed in one dtype that oneDNN is fast in."""
-    dtypes = {operand_dtype(tensor) for tensor in tensors}
-    return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and _cpu.computes_bfloat16())
 
 
 def _is_rows(input: Tensor, weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lk_backbones.ops import pack_weight, packed_conv2d, takes_packed_weight
+from lk_backbones.ops import pack_weight, packed_conv2d, packed_dtype
 
 ACTIVATIONS = {
     ("none", ""): lambda x: x,
@@ -56,19 +56,19 @@ def test_against_float64(convolution, with_bias, activation):
 
 def test_where_a_packed_weight_is_of_no_use():
     input, weight = maps(2, 6, 5, 7), randn(4, 6, 1, 1)
-    assert takes_packed_weight(input, weight)
-    assert not takes_packed_weight(input.contiguous(), weight)
-    assert not takes_packed_weight(input[:0], weight)
-    assert not takes_packed_weight(input.double(), weight.double())
-    assert not takes_packed_weight(input.to("meta"), weight.to("meta"))
+    assert packed_dtype(input, weight)
+    assert not packed_dtype(input.contiguous(), weight)
+    assert not packed_dtype(input[:0], weight)
+    assert not packed_dtype(input.double(), weight.double())
+    assert not packed_dtype(input.to("meta"), weight.to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not takes_packed_weight(input, weight)
+        assert not packed_dtype(input, weight)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not takes_packed_weight(input, weight)
+        assert not packed_dtype(input, weight)
     with torch.inference_mode():
-        assert takes_packed_weight(input, weight)
-        assert not takes_packed_weight(input, weight.clone())
+        assert packed_dtype(input, weight)
+        assert not packed_dtype(input, weight.clone())
     weight.requires_grad_()
-    assert not takes_packed_weight(input, weight)
+    assert not packed_dtype(input, weight)
     with torch.no_grad():
-        assert takes_packed_weight(input, weight)
+        assert packed_dtype(input, weight)
