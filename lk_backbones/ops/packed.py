@@ -43,6 +43,9 @@ def packed_dtype(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         The dtype to pack the weight in, or ``None`` where they cannot.
     """
     # Spelled out: between large kernels Python runs from cold caches, and every call counts.
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if torch.compiler.is_compiling() or wants_plain_convolution(*tensors):
+        return None
     dtype = operand_dtype(input)
     if not (dtype == torch.float32 or (dtype == torch.bfloat16 and _cpu.computes_bfloat16())):
         return None
@@ -56,16 +59,13 @@ def packed_dtype(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         and bias.is_contiguous()
     ):
         return None
-    tensors = (input, weight) if bias is None else (input, weight, bias)
     possible = (
-        not torch.compiler.is_compiling()
-        and input.is_cpu
+        input.is_cpu
         and weight.is_cpu
         and input.layout == torch.strided
         and not input.is_nested
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not operators_are_watched()  # who looks at operators knows others
-        and not wants_plain_convolution(*tensors)
         and (_is_rows(input, weight) if weight.dim() == 2 else input.dim() == 4 and is_channels_last(input))
         and not weight.is_inference()
         and bool(torch.backends.mkldnn.enabled)
