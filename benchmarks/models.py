@@ -178,8 +178,8 @@ def measure(
 def table(results: list[dict]) -> str:
     """Markdown: medians, bests and the ratio of each contestant's median to ours."""
     lines = [
-        f"Milliseconds, median (best) of interleaved rounds, {results[0]['dtype']}. × = that model's median over ours: above 1 ours "
-        "is faster. Memory: most that PyTorch held at once beyond the parameters.",
+        f"Milliseconds, median (best) of interleaved rounds, {results[0]['dtype']}. × = that model's median over ours: "
+        "above 1 ours is faster. Memory: most that PyTorch held at once beyond the parameters.",
         "",
     ]
     for result in results:
