@@ -410,9 +410,12 @@ def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
     Every ``nn.Conv2d`` and ``nn.Linear`` takes part, our own layers and those of a decoder around them, but for
     subclasses, whose forward may differ. Otherwise weights are arranged anew on every call. The arranged copies lie
     beside the weights (twice the memory), and activations are computed along with the layers before them where a module
-    tells of them (`lk_backbones.layers.called_in_a_row`). It works for float32 under ``torch.inference_mode()`` or
-    ``torch.no_grad()``; in every other situation, other devices included, the model computes what the folded one does.
-    State dict and outputs stay the folded model's, up to float rounding.
+    tells of them (`lk_backbones.layers.called_in_a_row`). It works under ``torch.inference_mode()`` or
+    ``torch.no_grad()`` for float32 and, on processors with AVX512-BF16 or AMX, for bfloat16: of a model that is
+    ``.bfloat16()``, or of a float32 model under ``torch.autocast``, which otherwise converts every weight on every
+    call. In every other situation, other devices included, the model computes what the folded one does. State dict and
+    outputs stay the folded model's, up to float rounding. With AMX the first bfloat16 call of a width of maps lays large
+    kernels out as band matrices (`lk_backbones.layers.PackedDepthwiseConv2d`), which take some more memory.
 
     `lk_backbones.layers.restore_conv2d` undoes the packing.
 
