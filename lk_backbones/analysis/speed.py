@@ -33,7 +33,8 @@ __all__ = [
     "training_run",
 ]
 
-#: As it is; folded; weights packed too (CPU, float32 and bfloat16); folded and compiled; forward and backward, no optimiser.
+#: As it is; folded; weights packed too (CPU, float32 and bfloat16); folded and compiled; forward and backward, no
+#: optimiser.
 MODES = ("plain", "folded", "packed", "compiled", "training")
 
 #: Of the table of RepLKNet's paper (its Table 1: C = 384, batch 64, on a GPU).

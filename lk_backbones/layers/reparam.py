@@ -414,8 +414,8 @@ def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
     ``torch.no_grad()`` for float32 and, on processors with AVX512-BF16 or AMX, for bfloat16: of a model that is
     ``.bfloat16()``, or of a float32 model under ``torch.autocast``, which otherwise converts every weight on every
     call. In every other situation, other devices included, the model computes what the folded one does. State dict and
-    outputs stay the folded model's, up to float rounding. With AMX the first bfloat16 call of a width of maps lays large
-    kernels out as band matrices (`lk_backbones.layers.PackedDepthwiseConv2d`), which take some more memory.
+    outputs stay the folded model's, up to float rounding. With AMX the first call in bfloat16 lays large kernels out as
+    band matrices (`lk_backbones.layers.packed.PackedDepthwiseConv2d`), which take some more memory.
 
     `lk_backbones.layers.restore_conv2d` undoes the packing.
 
