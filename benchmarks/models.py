@@ -12,11 +12,14 @@ layers where the authors have them and, folded, what the authors fold. Weights p
     python benchmarks/models.py --output results/models             # results/models.json, .md, .png
     python benchmarks/models.py --threads 1 --cpu-time              # on a machine that is busy with other work
     python benchmarks/models.py replknet_31b --profile              # also where the encoder spends its time
+    python benchmarks/models.py replknet_31b --dtype bfloat16       # inference of models that are .bfloat16()
+    python benchmarks/models.py replknet_31b --dtype bfloat16 --autocast  # and the same under autocast beside them
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +46,9 @@ GROUPS = {
     "slak_tiny": ("convnext_tiny",),
     "pelk_tiny": ("convnext_tiny",),
 }
+
+
+KINDS = ("inference", "training step")
 
 
 class LinearOverChannels(nn.Conv2d):
@@ -90,25 +96,53 @@ def create(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
+def under_autocast(run: Callable[[], object], dtype: torch.dtype) -> Callable[[], object]:
+    def inside() -> object:
+        with torch.autocast("cpu", dtype):
+            return run()
+
+    return inside
+
+
 def contestants(
-    ours: str, others: tuple[str, ...], kind: str, batch: int, size: int
+    ours: str,
+    others: tuple[str, ...],
+    kind: str,
+    batch: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
 ) -> dict[str, Callable[[], object]]:
-    """Every model's run; the timm models in both memory formats, of which the faster counts."""
+    """Every model's run; the timm models in both memory formats, of which the faster counts.
+
+    In a dtype other than float32 inference is of converted models, with ``autocast`` also of float32 ones under it, and
+    a training step is under autocast.
+    """
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size)
-    make = inference_run if kind == "inference" else training_run
+    plain, last = torch.contiguous_format, torch.channels_last
     runs: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, model: nn.Module, layout: torch.memory_format = plain) -> None:
+        model, pictures = model.to(memory_format=layout), images.to(memory_format=layout)
+        if kind != "inference":
+            runs[name] = training_run(model, pictures, None if dtype == torch.float32 else dtype)
+            return
+        converted = copy.deepcopy(model).to(dtype) if autocast else model.to(dtype)
+        runs[name] = inference_run(converted, pictures.to(dtype))
+        if autocast:
+            runs[f"{name}, autocast"] = under_autocast(inference_run(model, pictures), dtype)
+
     if kind == "inference":
-        runs[ours] = make(lk_backbones.reparameterize(create(ours)), images)
-        runs[packed(ours)] = make(lk_backbones.prepack_weights(create(ours)), images)
-        runs[f"{ours}, reference formulation"] = make(folded_as_the_reference(create(ours)), images)
+        add(ours, lk_backbones.reparameterize(create(ours)))
+        add(packed(ours), lk_backbones.prepack_weights(create(ours)))
+        add(f"{ours}, reference formulation", folded_as_the_reference(create(ours)))
     else:
-        runs[ours] = make(create(ours), images)
-        runs[f"{ours}, reference formulation"] = make(reference(create(ours)), images)
+        add(ours, create(ours))
+        add(f"{ours}, reference formulation", reference(create(ours)))
     for name in others:
-        runs[name] = make(create(name).eval(), images)
-        last = torch.channels_last
-        runs[f"{name}, channels_last"] = make(create(name).eval().to(memory_format=last), images.to(memory_format=last))
+        add(name, create(name).eval())
+        add(f"{name}, channels_last", create(name).eval(), last)
     return runs
 
 
@@ -120,9 +154,11 @@ def measure(
     size: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
 ) -> dict[str, object]:
     """Measure times, and PyTorch's peak memory beyond parameters, of all contestants of a group."""
-    runs = contestants(ours, others, kind, batch, size)
+    runs = contestants(ours, others, kind, batch, size, dtype, autocast)
     matrix = torch.randn(1024, 1024)
     timings = interleave({"sgemm": lambda: matrix @ matrix, **runs}, seconds, clock, patience=2500)
     return {
@@ -130,6 +166,7 @@ def measure(
         "kind": kind,
         "batch": batch,
         "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
         "best_ms": {name: timing.best for name, timing in timings.items()},
         "median_ms": {name: timing.median for name, timing in timings.items()},
         "calls": {name: len(timing.calls) for name, timing in timings.items()},
@@ -141,8 +178,8 @@ def measure(
 def table(results: list[dict]) -> str:
     """Markdown: medians, bests and the ratio of each contestant's median to ours."""
     lines = [
-        "Milliseconds, median (best) of interleaved rounds, float32. × = that model's median over ours: above 1 ours "
-        "is faster. Memory: most that PyTorch held at once beyond the parameters.",
+        f"Milliseconds, median (best) of interleaved rounds, {results[0]['dtype']}. × = that model's median over ours: "
+        "above 1 ours is faster. Memory: most that PyTorch held at once beyond the parameters.",
         "",
     ]
     for result in results:
@@ -172,7 +209,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(rows, len(kinds), figsize=(6.5 * len(kinds), 3.2 * rows), squeeze=False)
     for axes, result in zip(panels.flat, results, strict=True):
         names, ours = list(result["peak_memory_mb"]), result["ours"]
-        colors = ["#cc6677" if name in (ours, packed(ours)) else "#4477aa" for name in names]
+        colors = ["#cc6677" if name.removesuffix(", autocast") in (ours, packed(ours)) else "#4477aa" for name in names]
         axes.barh(range(len(names)), [result["median_ms"][name] for name in names], color=colors)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
@@ -206,6 +243,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--size", type=int, default=224, help="height and width of the pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures of a training step")
+    parser.add_argument("--inference-batch", type=int, nargs="+", default=[1], help="pictures of an inference")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to time")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--autocast", action="store_true", help="infer also with float32 models under autocast")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -215,14 +256,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print where the encoders spend their time")
     parser.add_argument("--output", type=Path, help="stem of the .json, .md and .png to write")
     arguments = parser.parse_args()
+    if arguments.autocast and arguments.dtype == "float32":
+        parser.error("--autocast needs --dtype bfloat16 or float16: autocast computes in those")
     torch.set_num_threads(arguments.threads)
 
     clock = time.process_time if arguments.cpu_time else time.perf_counter
+    dtype = getattr(torch, arguments.dtype)
     groups, size, batch = arguments.groups or list(GROUPS.items()), arguments.size, arguments.batch
     results = [
-        measure(ours, others, kind, pictures, size, arguments.seconds, clock)
+        measure(ours, others, kind, pictures, size, arguments.seconds, clock, dtype, arguments.autocast)
         for ours, others in groups
-        for kind, pictures in (("inference", 1), ("training step", batch))
+        for kind in arguments.kinds
+        for pictures in (arguments.inference_batch if kind == "inference" else [batch])
     ]
     text = table(results)
     if arguments.output:

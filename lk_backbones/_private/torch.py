@@ -15,6 +15,8 @@ from lk_backbones._private.borrow import borrow
 __all__ = [
     "convolution_pointwise",
     "functorch_is_active",
+    "has_amx",
+    "has_avx512_bf16",
     "has_packed_operators",
     "hooks_see_input",
     "hooks_see_output",
@@ -30,6 +32,8 @@ __all__ = [
 tree_map = borrow("torch", "torch.utils._pytree", "tree_map")
 _functorch_is_active = borrow("torch", "torch._C", "_are_functorch_transforms_active")
 _dispatch_modes = borrow("torch", "torch._C", "_len_torch_dispatch_stack")
+_is_amx_tile_supported = borrow("torch", "torch.cpu", "_is_amx_tile_supported")
+_is_avx512_bf16_supported = borrow("torch", "torch.cpu", "_is_avx512_bf16_supported")
 
 
 def functorch_is_active() -> bool:
@@ -57,6 +61,18 @@ def hooks_see_input(module: nn.Module) -> bool:
 def hooks_see_output(module: nn.Module) -> bool:
     """Return whether a hook of a module is called with what comes out or its gradient."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16 numbers."""
+    return bool(_is_amx_tile_supported())
+
+
+@functools.cache
+def has_avx512_bf16() -> bool:
+    """Return whether the processor multiplies vectors of bfloat16 numbers; every processor with AMX does."""
+    return bool(_is_avx512_bf16_supported())
 
 
 def is_view(tensor: Tensor) -> bool:

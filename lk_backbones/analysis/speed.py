@@ -33,7 +33,8 @@ __all__ = [
     "training_run",
 ]
 
-#: As it is; folded; weights packed too (CPU, float32); folded and compiled; forward and backward, no optimiser.
+#: As it is; folded; weights packed too (CPU, float32 and bfloat16); folded and compiled; forward and backward, no
+#: optimiser.
 MODES = ("plain", "folded", "packed", "compiled", "training")
 
 #: Of the table of RepLKNet's paper (its Table 1: C = 384, batch 64, on a GPU).
@@ -169,8 +170,8 @@ def benchmark(
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
-    if "packed" in modes and (device.type != "cpu" or dtype != torch.float32):
-        raise ValueError("weights are packed for float32 on CPUs only: leave out the mode 'packed'")
+    if "packed" in modes and (device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16)):
+        raise ValueError("weights are packed for float32 and bfloat16 on CPUs only: leave out the mode 'packed'")
     runs: dict[str, Callable[[], object]] = {}
     facts: dict[str, tuple[str, str, int, int | None]] = {}
     for name, model in models.items():

@@ -52,8 +52,8 @@ def run(args: Sequence[str]) -> None:
         description="Time models, all of them in turn, round after round, so that whatever else the machine does hits "
         "all alike. Prints a table and writes it (.csv, .md), with a plot of the throughput against the published mean "
         "IoU where there is one.",
-        epilog=f"MODEL is {MODELS}. Modes: plain (as it is), folded, packed (folded, weights packed: CPU, float32), "
-        "compiled (folded, by torch.compile), training (forward and backward, no optimiser).",
+        epilog=f"MODEL is {MODELS}. Modes: plain (as it is), folded, packed (folded, weights packed: CPU, float32 or "
+        "bfloat16), compiled (folded, by torch.compile), training (forward and backward, no optimiser).",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument(

@@ -19,6 +19,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, cre
 from timm.models import checkpoint_seq, generate_default_cfgs
 
 from lk_backbones._private.timm import feature_take_indices
+from lk_backbones._private.torch import hooks_see_output
 from lk_backbones.encoders._loading import build_pretrained
 from lk_backbones.encoders._registry import register_encoder
 from lk_backbones.layers.create import ActLayer, NormLayer, create_norm, find_act, find_norm
@@ -75,8 +76,16 @@ class RepLKBlock(nn.Module):
         return x + self.drop_path(self.pw2(out))
 
     def reparameterize(self) -> None:
-        """Fold the leading norm into the 1×1 convolution after it, in place (the branches fold themselves)."""
+        """Fold the leading norm into the 1×1 convolution after it, in place, and the branches into one convolution.
+
+        The activation moves right behind that one, where it can be computed along once weights are packed.
+        """
         _fold_leading_norm(self)
+        self.large_kernel.reparameterize()
+        large = self.large_kernel.large
+        hooked = hooks_see_output(self.large_kernel) or hooks_see_output(large)
+        if self.large_kernel.small is None and type(large.act) is nn.Identity and not hooked:
+            large.act, self.act = self.act, nn.Identity()
 
 
 class ConvFFN(nn.Module):

@@ -7,6 +7,7 @@ told by `called_in_a_row`, so that the activation can be computed along.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,17 @@ from torch import Tensor
 from lk_backbones._private.torch import hooks_see_input, hooks_see_output
 from lk_backbones.layers.depthwise import DepthwiseConv2d
 from lk_backbones.layers.pointwise import PointwiseConv2d
-from lk_backbones.ops import explain, pack_weight, packed_conv2d, packed_linear, takes_packed_weight
+from lk_backbones.ops import (
+    bands_conv2d,
+    direct_conv2d,
+    pack_bands,
+    pack_direct,
+    pack_weight,
+    packed_conv2d,
+    packed_dtype,
+    packed_linear,
+)
+from lk_backbones.ops._operators import plan_for
 
 __all__ = [
     "PackedConv2d",
@@ -37,6 +48,23 @@ __all__ = [
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # padding, stride, dilation, groups
+
+# A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one from
+# coming to lie at its address.
+_Copy = tuple[Tensor, tuple[Any, ...], Tensor]
+
+
+@dataclass
+class _Copies:
+    """Packed copies of a layer's weight: as it is, for the paths of large kernels, and the width of the last map."""
+
+    plain: _Copy | None = None
+    direct: _Copy | None = None
+    bands: _Copy | None = None
+    width: int = 0
+
+
 class _Packed(nn.Module):
     """What a packed convolution and a packed linear layer share."""
 
@@ -44,44 +72,50 @@ class _Packed(nn.Module):
 
     def _follow_with(self, act: nn.Module | None) -> None:
         self.act: nn.Module = nn.Identity() if act is None else act
-        # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one
-        # from coming to lie at its address.
-        self._packed: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+        self._packed = _Copies()
 
     @torch.jit.unused
-    def _takes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Return whether the packed copy can be used; drop it where the weight is being trained.
+    def _packed_dtype(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+        """Return the dtype of a packed copy that can be used; drop all copies where the weight is being trained.
 
         PyTorch does not count what its fused optimisers change.
         """
-        if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._packed = None
-        return takes_packed_weight(input, weight, bias)
+        if torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
+            self._packed = _Copies()
+        return packed_dtype(input, weight, bias)
 
     @torch.jit.unused
-    def _packed_weight(self, weight: Tensor, *arguments: Any) -> Tensor:
+    def _packed_weight(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        input_shape: tuple[int, ...] = (),
+        geometry: _Geometry = ((0, 0), (1, 1), (1, 1), 1),
+    ) -> Tensor:
         """Return the packed copy, made anew if the weight or what it is packed for has changed."""
-        source = weight.data_ptr(), weight._version, arguments[1:]  # without the shape of the input
-        packed = self._packed
-        if packed is None or packed[0] is not weight or packed[1] != source:
-            self._packed = packed = weight, source, pack_weight(weight, *arguments)
-        return packed[2]
+        source = weight.data_ptr(), weight._version, dtype, geometry
+        copy = self._packed.plain
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            self._packed.plain = copy = weight, source, pack_weight(weight, input_shape, *geometry, dtype=dtype)
+        return copy[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
+        return {**self.__dict__, "_packed": _Copies()}  # a packed weight can be neither copied nor pickled
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed = None
+        self._packed = _Copies()
         return super()._apply(*args, **kwargs)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
     """``nn.Conv2d`` and the activation after it, with a packed copy of the weight.
 
-    The copy takes as much memory as the weight, is made at the first call that can use it (float32, channels_last, no
-    gradient wanted) and made anew when the weight has changed or was trained, but for a change through
-    ``weight.data``, which PyTorch does not count. State dict, copies and pickles are as without it. Where the copy
-    cannot be used, the layer computes what its parts would. `pack` makes one of an existing layer.
+    The copy takes as much memory as the weight (half of a float32 weight's under autocast), is made at the first call
+    that can use it and made anew when the weight has changed or was trained, but for a change through ``weight.data``,
+    which PyTorch does not count, and when autocast is turned on or off. Calls can use it in float32, and in bfloat16 or
+    under its autocast where the processor has AVX512-BF16 or AMX; channels_last, no gradient wanted. State dict, copies
+    and pickles are as without it. Where the copy cannot be used, the layer computes what its parts would. `pack` makes
+    one of an existing layer.
 
     Args:
         *args: As ``nn.Conv2d``.
@@ -104,23 +138,38 @@ class PackedConv2d(_Packed, nn.Conv2d):
     def _packed_forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(self._unpacked(input))
-        activation, weight, padding = _onednn_activation(self.act), self.weight, self.padding
-        simple = self._takes(input, weight, self.bias) and self.padding_mode == "zeros"
-        if activation is None or isinstance(padding, str) or not simple or not self._is_native(input):
-            return self.act(self._unpacked(input))
-        geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
-        packed = self._packed_weight(weight, input.shape, *geometry)
-        return packed_conv2d(input, packed, self.bias, *geometry, activation)
+        weight, bias, act, padding = self.weight, self.bias, self.act, self.padding  # modules look them up slowly
+        activation, dtype = _onednn_activation(act), self._packed_dtype(input, weight, bias)
+        output = None
+        if dtype and activation and not isinstance(padding, str) and self.padding_mode == "zeros":
+            geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
+            output = self._compute(input, weight, bias, dtype, activation, geometry)
+        return self._compute_unpacked(input, act, activation) if output is None else output
+
+    @torch.jit.unused
+    def _compute(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activation: tuple[str, str],
+        geometry: _Geometry,
+    ) -> Tensor | None:
+        """Compute it with a packed weight, or return ``None`` where that is not the best way."""
+        packed = self._packed_weight(weight, dtype, input.shape, geometry)
+        return packed_conv2d(input, packed, bias, *geometry, activation)
+
+    @torch.jit.unused
+    def _compute_unpacked(self, input: Tensor, act: nn.Module, activation: tuple[str, str] | None) -> Tensor:
+        """Compute it and the activation without a packed weight."""
+        output: Tensor = act(self._unpacked(input))
+        return output
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
         """Compute it by other means."""
         return self._conv_forward(input, self.weight, self.bias)
-
-    @torch.jit.unused
-    def _is_native(self, input: Tensor) -> bool:
-        """Return whether oneDNN is the best way to compute it."""
-        return True
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -147,10 +196,12 @@ class PackedLinear(_Packed, nn.Linear):
     def _packed_forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):  # a graph holds what others can read
             return self.act(F.linear(input, self.weight, self.bias))
-        activation, weight = _onednn_activation(self.act), self.weight
-        if not self._takes(input, weight, self.bias) or activation is None:
-            return self.act(F.linear(input, weight, self.bias))
-        return packed_linear(input, self._packed_weight(weight), self.bias, activation)
+        weight, bias, act = self.weight, self.bias, self.act
+        activation, dtype = _onednn_activation(act), self._packed_dtype(input, weight, bias)
+        if dtype is None or activation is None:
+            output: Tensor = act(F.linear(input, weight, bias))
+            return output
+        return packed_linear(input, self._packed_weight(weight, dtype), bias, activation)
 
 
 class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
@@ -162,17 +213,66 @@ class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
 
 
 class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
-    """`PackedConv2d` for `DepthwiseConv2d`, but for what runs through transforms."""
+    """`PackedConv2d` for `DepthwiseConv2d`, but for what runs through transforms or is dilated.
+
+    On CUDA devices nothing is packed, but a ReLU is computed along where tensor cores do the convolution.
+
+    In bfloat16 on processors with AMX a large kernel is packed as band matrices (`lk_backbones.ops.pack_bands`), which
+    fit one width of maps: that of the first call, and another one when two calls in a row have it. Their memory is
+    ``2 * C * kH * W * W`` bytes.
+    """
+
+    @torch.jit.unused
+    def _compute_unpacked(self, input: Tensor, act: nn.Module, activation: tuple[str, str] | None) -> Tensor:
+        if activation == ("relu", "") and (output := self.plus(input, relu=True)) is not None:
+            return output
+        return super()._compute_unpacked(input, act, activation)
 
     @torch.jit.unused
     def _unpacked(self, input: Tensor) -> Tensor:
         return self._fast_forward(input)
 
     @torch.jit.unused
-    def _is_native(self, input: Tensor) -> bool:
-        if self.stride != (1, 1) or not self._keeps_size():
-            return True
-        return explain(input, self.weight, (self.dilation[0], self.dilation[1])).forward == "native"
+    def _compute(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activation: tuple[str, str],
+        geometry: _Geometry,
+    ) -> Tensor | None:
+        dilation, path = (self.dilation[0], self.dilation[1]), "native"
+        if self.stride == (1, 1) and self._keeps_size():
+            path = plan_for(input, weight, dilation, "auto", "cpu", packed=True, dtype=dtype).forward
+        if path == "native":
+            return super()._compute(input, weight, bias, dtype, activation, geometry)
+        bands = self._packed_bands(weight, input.shape) if path == "bands" else None
+        if bands is not None:
+            return bands_conv2d(input, bands, bias, activation)
+        if path == "fft" or dilation != (1, 1):
+            return None
+        return direct_conv2d(input, self._packed_direct(weight, input.shape), bias, activation)
+
+    @torch.jit.unused
+    def _packed_direct(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        """Return the packed copy for the path ``"direct"``, made anew if the weight has changed."""
+        copy, source = self._packed.direct, (weight.data_ptr(), weight._version)
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            self._packed.direct = copy = weight, source, pack_direct(weight, shape)
+        return copy[2]
+
+    @torch.jit.unused
+    def _packed_bands(self, weight: Tensor, shape: torch.Size) -> Tensor | None:
+        """Return the band matrices for maps of that width, or ``None`` if they are for another one."""
+        width, copies = shape[3], self._packed
+        last, copies.width = copies.width, width
+        source, copy = (weight.data_ptr(), weight._version, width), copies.bands
+        if copy is not None and copy[1][2] != width != last:
+            return None
+        if copy is None or copy[0] is not weight or copy[1] != source:
+            copies.bands = copy = weight, source, pack_bands(weight, shape)
+        return copy[2]
 
 
 _PACKED: dict[type[nn.Module], type[_Packed]] = {

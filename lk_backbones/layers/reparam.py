@@ -28,7 +28,7 @@ from lk_backbones.layers.fold import (
     norm_scale,
 )
 from lk_backbones.layers.memory_format import PreferredMemoryFormat
-from lk_backbones.layers.packed import called_in_a_row, pack_inside
+from lk_backbones.layers.packed import PackedDepthwiseConv2d, called_in_a_row, pack_inside
 from lk_backbones.layers.pointwise import PointwiseConv2d
 
 __all__ = [
@@ -257,7 +257,7 @@ class ReparamDepthwiseConv2d(nn.Module):
 @torch.jit.ignore
 def _plus_branch(total: torch.Tensor, branch: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Add what a branch makes of ``x``, along with its convolution where that is folded and the device can."""
-    if isinstance(branch, ConvNorm) and type(branch.conv) is DepthwiseConv2d and _is_bare(branch):
+    if isinstance(branch, ConvNorm) and isinstance(branch.conv, DepthwiseConv2d) and _is_bare(branch):
         output = branch.conv.plus(x, total)
         if output is not None:
             return output
@@ -267,10 +267,11 @@ def _plus_branch(total: torch.Tensor, branch: nn.Module, x: torch.Tensor) -> tor
 
 def _is_bare(branch: ConvNorm) -> bool:
     """Return whether a branch is its convolution and nothing else, also to hooks."""
-    parts: tuple[nn.Module, ...] = (branch, branch.conv, branch.bn, branch.act)
+    followed_by = (branch.bn, branch.act, getattr(branch.conv, "act", branch.act))  # a packed one has its own
+    parts: tuple[nn.Module, ...] = (branch, branch.conv, *followed_by)
     return (
-        type(branch.bn) is nn.Identity
-        and type(branch.act) is nn.Identity
+        type(branch.conv) in (DepthwiseConv2d, PackedDepthwiseConv2d)
+        and all(type(part) is nn.Identity for part in followed_by)
         and not any(hooks_see_input(part) or hooks_see_output(part) for part in parts)
     )
 
@@ -435,9 +436,12 @@ def prepack_weights(model: ModuleType, inplace: bool = False) -> ModuleType:
     Every ``nn.Conv2d`` and ``nn.Linear`` takes part, our own layers and those of a decoder around them, but for
     subclasses, whose forward may differ. Otherwise weights are arranged anew on every call. The arranged copies lie
     beside the weights (twice the memory), and activations are computed along with the layers before them where a module
-    tells of them (`lk_backbones.layers.called_in_a_row`). It works for float32 under ``torch.inference_mode()`` or
-    ``torch.no_grad()``; in every other situation, other devices included, the model computes what the folded one does.
-    State dict and outputs stay the folded model's, up to float rounding.
+    tells of them (`lk_backbones.layers.called_in_a_row`). It works under ``torch.inference_mode()`` or
+    ``torch.no_grad()`` for float32 and, on processors with AVX512-BF16 or AMX, for bfloat16: of a model that is
+    ``.bfloat16()``, or of a float32 model under ``torch.autocast``, which otherwise converts every weight on every
+    call. In every other situation, other devices included, the model computes what the folded one does. State dict and
+    outputs stay the folded model's, up to float rounding. With AMX the first call in bfloat16 lays large kernels out as
+    band matrices (`lk_backbones.layers.packed.PackedDepthwiseConv2d`), which take some more memory.
 
     `lk_backbones.layers.restore_conv2d` undoes the packing.
 

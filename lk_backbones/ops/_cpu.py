@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lk_backbones._private.torch import has_amx, has_avx512_bf16
 from lk_backbones.ops import _fft
 from lk_backbones.ops._plan import Plan
 from lk_backbones.ops._shapes import is_channels_last, nchw, taps_inside
@@ -28,6 +29,11 @@ CHUNK_COST = 4e6  # of the calls for one chunk of transforms in the forward; a h
 DIRECT_BACKWARD = 2.3  # the two gradients of the direct path in units of its forward
 SLOW_DIRECT = 4  # how much cheaper a transform looks without AVX2 where oneDNN has no fast kernel to compete
 COPY_COST = 30.0  # per value that changes its memory format
+CONVERT_COST = 15.0  # per value of a map that changes its dtype
+KERNEL_COST = 30.0  # per value of a kernel that changes its dtype
+DIRECT_BFLOAT16 = 1.45  # oneDNN's bfloat16 kernel in channels_last in units of the float32 one
+BANDS_COST = 1 / 5.5  # per multiply-add of the products with band matrices, in which columns count in blocks of 32
+READ_COST = 4.0  # per element of the band matrices, which come from memory
 
 
 def choose_paths(
@@ -35,6 +41,7 @@ def choose_paths(
     kernel_size: tuple[int, int],
     dtype: torch.dtype,
     channels_last: bool,
+    packed: bool = False,
 ) -> Plan:
     """Choose the paths.
 
@@ -43,6 +50,7 @@ def choose_paths(
         kernel_size: ``(kH, kW)``, odd, at most ``(2H - 1, 2W - 1)``.
         dtype: Of the input.
         channels_last: Whether the input is laid out in channels_last.
+        packed: Whether the weight is packed ahead, for any path of its own: only then may the forward be ``"bands"``.
     """
     instructions = _instructions()
     (batch, channels, height, width), (kernel_height, kernel_width) = shape, kernel_size
@@ -59,22 +67,31 @@ def choose_paths(
     # With more threads chunks grow, and so does what could be computed during the calls for one.
     calls = CHUNK_COST / math.prod(_fft.maps_per_chunk(shape, 4 * rows * columns, _fft.CHUNK_BYTES))
     copy = COPY_COST * height * width
+    # Half precision is converted to float32 and back, where oneDNN does not take it as it is.
+    convert = 0.0 if dtype == torch.float32 else 2 * CONVERT_COST * height * width
+    convert_kernel = 0.0 if dtype == torch.float32 else KERNEL_COST * kernel_height * kernel_width / batch
     as_is = channels_last or kernel_width // 2 <= widest_padding()  # oneDNN is fast in the format at hand
+    possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
 
     fft_forward = (2 + 1 / batch) * transform + calls + (2 * copy if channels_last else 0)
     direct_forward = taps + (0 if as_is else 2 * copy)
     fft_backward = (3 + 2 / batch) * transform + 1.5 * calls + (3 * copy if channels_last else 0)
     direct_backward = DIRECT_BACKWARD * taps + (1 if channels_last else 0 if as_is else 3) * copy
-    possible = min(kernel_size) >= 7 and torch.backends.mkl.is_available()
-    if possible and fft_forward < direct_forward:
-        forward = "fft"
-    elif as_is and dtype == torch.float32 and not (channels_last and _is_worth_widening(kernel_width, width, batch)):
-        forward = "native"
-    else:
-        forward = "direct"
+    costs = {"direct": direct_forward + convert + (0 if packed else convert_kernel)}
+    if possible:
+        costs["fft"] = fft_forward + convert + convert_kernel
+    if as_is and not (channels_last and columns_in_channels_last(kernel_width, width, batch) != kernel_width):
+        if dtype == torch.float32:
+            costs = {"native": taps, **costs}  # rather than direct, which costs the same
+        elif dtype == torch.bfloat16 and channels_last and computes_bfloat16():  # in NCHW twice as slow as in float32
+            costs["native"] = DIRECT_BFLOAT16 * taps
+    if packed and dtype == torch.bfloat16 and channels_last and computes_bfloat16() and has_amx():
+        products = height * width * math.ceil(width / 32) * 32
+        bands = kernel_height * (BANDS_COST * products + READ_COST * width * width / batch)
+        costs["bands"] = bands + copy
     backward = "fft" if possible and fft_backward < direct_backward else "direct"
     return Plan(
-        forward,
+        min(costs, key=costs.__getitem__),
         backward,
         backward,
         f"{instructions}, {'channels_last' if channels_last else 'NCHW'}; estimated cost of "
@@ -128,8 +145,7 @@ def _convolve_directly(input: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     """Convolution in the memory format that oneDNN is fast in."""
     if _needs_channels_last(input, weight.shape[3]):
         input = input.contiguous(memory_format=torch.channels_last)
-        if _is_worth_widening(weight.shape[3], input.shape[3], input.shape[0]):
-            weight = F.pad(weight, [(15 - weight.shape[3]) // 2] * 2)
+        weight = widen(weight, input.shape[3], input.shape[0])
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     return F.conv2d(input, weight, bias, padding=padding, groups=input.shape[1])
 
@@ -173,18 +189,34 @@ def _instructions() -> str:
     return torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else "no oneDNN"
 
 
+def computes_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 numbers as they are, adding up in float32.
+
+    Where it does not, it imitates that, or leaves the work to far slower code.
+    """
+    return _instructions() == "AVX512" and has_avx512_bf16()
+
+
 def _needs_channels_last(input: Tensor, kernel_width: int) -> bool:
     """Return whether oneDNN is fast at this width in channels_last only, or the input is in that format anyway."""
     return is_channels_last(input) or kernel_width // 2 > widest_padding()
 
 
-def _is_worth_widening(kernel_width: int, map_width: int, batch: int) -> bool:
-    """Return whether oneDNN's register blocking is so poor at this width in channels_last that 15 taps take less time.
+def columns_in_channels_last(kernel_width: int, map_width: int, batch: int) -> int:
+    """Return how wide a kernel of that width is computed in channels_last.
 
-    On a single narrow map, padding the kernel costs what it saves.
+    oneDNN's register blocking is so poor at some widths that 15 taps take less time; on a single narrow map, padding
+    the kernel costs what it saves.
     """
     enough = {11: 14, 13: 8}.get(kernel_width)
-    return enough is not None and batch * map_width >= enough and _instructions() == "AVX512"
+    worth_it = enough is not None and batch * map_width >= enough and _instructions() == "AVX512"
+    return 15 if worth_it else kernel_width
+
+
+def widen(weight: Tensor, map_width: int, batch: int) -> Tensor:
+    """Pad a kernel ``(C, 1, kH, kW)`` with zeros to as many columns as it is computed with in channels_last."""
+    columns = columns_in_channels_last(weight.shape[3], map_width, batch)
+    return weight if columns == weight.shape[3] else F.pad(weight, [(columns - weight.shape[3]) // 2] * 2)
 
 
 def is_narrow(kernel_width: int, dilation: tuple[int, int]) -> bool:

@@ -75,19 +75,31 @@ def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bo
     return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
 
 
-def plan_for(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
-    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``."""
+def plan_for(
+    input: Tensor,
+    weight: Tensor,
+    dilation: tuple[int, int],
+    method: str,
+    device: str,
+    packed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``, which may be packed ahead.
+
+    The dtype is the input's if it is ``None``.
+    """
     if method == "auto" and native_is_best(device, weight, dilation):
         reason = f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}"
         return Plan("native", "native", "native", reason)
     return _cached_plan(
         input.shape,
         weight.shape,
-        input.dtype,
+        input.dtype if dtype is None else dtype,
         is_channels_last(input),
         dilation,
         resolve_method(method),
         device,
+        packed,
         _cuda.precision(input.dtype) if device == "cuda" else "ieee",
         _index(input) if device == "cuda" else 0,
     )
@@ -102,6 +114,7 @@ def _cached_plan(
     dilation: tuple[int, int],
     method: str,
     device: str,
+    packed: bool,
     precision: str,
     index: int,
 ) -> Plan:
@@ -120,8 +133,8 @@ def _cached_plan(
         plan = _cuda.choose_paths(shape, kernel_size, dtype, index)
         return replace(plan, reason=lacking + plan.reason)
     whole_kernel = weight_shape[2], weight_shape[3]
-    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last)
-    if chosen.forward == "fft" or (dilation == (1, 1) and kernel_size == whole_kernel):
+    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last, packed and dilation == (1, 1))
+    if chosen.forward in ("fft", "bands") or (dilation == (1, 1) and kernel_size == whole_kernel):
         return chosen
     # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
     narrow = _cpu.is_narrow(whole_kernel[1], dilation)
@@ -158,9 +171,11 @@ def _problem(kind: Kind, input: Tensor, weight: Tensor, dilation: tuple[int, int
     )
 
 
-def measured_plan(input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str) -> Plan:
+def measured_plan(
+    input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str, packed: bool = False
+) -> Plan:
     """Choose the paths as `plan_for`, or as was measured on the device at hand where that counts."""
-    plan = plan_for(input, weight, dilation, method, device)
+    plan = plan_for(input, weight, dilation, method, device, packed)
     if device != "cuda" or not _measuring_counts(resolve_method(method)) or _is_trivial(input, weight, dilation):
         return plan
     choices = {}
@@ -301,6 +316,20 @@ def convolve_and_more(
 ) -> Tensor:
     """Convolution, then a sum and a ReLU, without a gradient; in one pass where the path of the convolution has it."""
     device = device_type(input)
+    with _without_autocast(input.device.type):
+        return _convolve_and_more(input, weight, bias, addend, relu, dilation, method, device)
+
+
+def _convolve_and_more(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    relu: bool,
+    dilation: tuple[int, int],
+    method: str,
+    device: str,
+) -> Tensor:
     if device == "cuda":
         operands = input, weight, bias
         compute = functools.partial(_convolve_by, dilation=dilation)

@@ -23,10 +23,10 @@ class Plan:
     """The paths that a depthwise convolution takes.
 
     Paths are ``"direct"`` (CPU: in the spatial domain, arranged for speed), ``"fft"`` (through Fourier transforms),
-    ``"native"`` (PyTorch's own operator, as it runs without this package) and, on CUDA devices, ``"triton"`` (products
-    on tensor cores; with a suffix, cut up in another way), ``"cudnn"`` and ``"aten"`` (PyTorch's operator, told which
-    of its two libraries to use) and ``"native-contiguous"`` and ``"native-channels_last"`` (PyTorch's operator in the
-    other memory format).
+    ``"native"`` (PyTorch's own operator, as it runs without this package), for packed weights on CPUs ``"bands"``
+    (products with band matrices) and, on CUDA devices, ``"triton"`` (products on tensor cores; with a suffix, cut up in
+    another way), ``"cudnn"`` and ``"aten"`` (PyTorch's operator, told which of its two libraries to use) and
+    ``"native-contiguous"`` and ``"native-channels_last"`` (PyTorch's operator in the other memory format).
 
     Attributes:
         forward: Path of the output.
@@ -73,6 +73,14 @@ def resolve_method(method: str) -> str:
     if method not in METHODS:
         raise ValueError(f"{source} must be one of {', '.join(METHODS)}, got {method!r}")
     return method
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution or a matrix product takes a tensor: autocast's, where that is on."""
+    dtype, device = tensor.dtype, tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
+    return dtype
 
 
 def wants_plain_convolution(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lk_backbones._private.torch import operators_are_watched
 from lk_backbones.ops import _operators
-from lk_backbones.ops._plan import METHODS, Method, Plan, wants_plain_convolution
+from lk_backbones.ops._plan import METHODS, Method, Plan, operand_dtype, wants_plain_convolution
 
 __all__ = ["Plan", "depthwise_conv2d", "depthwise_conv2d_and_more", "explain", "has_fused_depthwise"]
 
@@ -22,9 +22,9 @@ def depthwise_conv2d(
     """Depthwise convolution with stride 1 and zero padding that keeps the map's size, fast for large kernels.
 
     The same numbers as ``torch.nn.functional.conv2d(input, weight, bias, padding="same", dilation=dilation,
-    groups=C)`` up to float rounding, on every device. Half precision is computed in float32 and rounded once. Results
-    are deterministic on CPUs. On CUDA devices the first call for a class of shapes measures which path is fastest there
-    (`explain` tells), which is remembered; see docs/depthwise.md.
+    groups=C)`` up to float rounding, on every device. Half precision is added up in float32 and rounded once.
+    Results are deterministic on CPUs. On CUDA devices the first call for a class of shapes measures which path is
+    fastest there (`explain` tells), which is remembered; see docs/depthwise.md.
 
     Two things see PyTorch's own convolution instead: exporters and tracers (``torch.export``, ONNX, TorchScript), so
     that exported models run without this package, and function transforms (``torch.func``, forward-mode AD).
@@ -53,10 +53,8 @@ def depthwise_conv2d(
     dilation = _operators.pair(dilation)
     if wants_plain_convolution(input, weight):
         return _operators.native(input, weight, bias, dilation)
-    if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    input, weight = input.to(operand_dtype(input)), weight.to(operand_dtype(weight))
+    bias = None if bias is None else bias.to(operand_dtype(bias))
     _check(input, weight, bias, method)
     device = _operators.device_type(input)
     if method == "native" or (method == "auto" and _operators.native_is_best(device, weight, dilation)):
@@ -82,14 +80,13 @@ def has_fused_depthwise(input: Tensor, *tensors: Tensor | None) -> bool:
         *tensors: What else it is given.
     """
     given = [input, *(tensor for tensor in tensors if tensor is not None)]
-    device = input.device.type
     return (
         _operators.device_type(input) == "cuda"
         and input.dim() == 4
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == input.dtype for tensor in given)
-        and not torch.is_autocast_enabled(device)
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+        and len({operand_dtype(tensor) for tensor in given}) == 1
         and not operators_are_watched()
         and not wants_plain_convolution(*given)
     )
@@ -116,11 +113,15 @@ def depthwise_conv2d_and_more(
         method: As `depthwise_conv2d`.
 
     Returns:
-        Tensor of the input's shape and dtype. No gradient flows through it.
+        Tensor of the input's shape and dtype, under autocast of the dtype that autocast gives a convolution. No
+        gradient flows through it.
 
     Raises:
         ValueError: As `depthwise_conv2d`, or if the addend's shape, dtype or device is not the input's.
     """
+    input, weight = input.to(operand_dtype(input)), weight.to(operand_dtype(weight))
+    bias = None if bias is None else bias.to(operand_dtype(bias))
+    addend = None if addend is None else addend.to(operand_dtype(addend))
     _check(input, weight, bias, method)
     if input.dim() != 4:
         raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
@@ -139,10 +140,12 @@ def explain(
     dilation: int | tuple[int, int] = 1,
     method: Method = "auto",
     device: str | None = None,
+    packed: bool = False,
 ) -> Plan:
     """Say which path `depthwise_conv2d` takes for these tensors, and why.
 
-    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do.
+    Only shapes, dtype and memory format count, so tensors on the ``meta`` device do. Under autocast it is the path that
+    the op takes there.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
@@ -150,6 +153,7 @@ def explain(
         dilation: As `depthwise_conv2d`.
         method: As `depthwise_conv2d`.
         device: Device type to plan for, such as ``"cuda"``; the input's if ``None``.
+        packed: Whether to say it of a layer whose weight is packed ahead (`lk_backbones.prepack_weights`).
 
     Returns:
         The plan; ``print`` it.
@@ -158,16 +162,14 @@ def explain(
         ValueError: As `depthwise_conv2d`.
     """
     dilation = _operators.pair(dilation)
+    dtype = operand_dtype(input)
+    if dtype != input.dtype or dtype != weight.dtype:  # nothing is computed: the conversions cost nothing
+        device = input.device.type if device is None else device
+        input, weight = (tensor.to("meta", operand_dtype(tensor)) for tensor in (input, weight))
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
-    return _operators.measured_plan(
-        input, weight, dilation, method, _operators.device_type(input) if device is None else device
-    )
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do what autocast does to a convolution's operand."""
-    return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
+    device = _operators.device_type(input) if device is None else device
+    return _operators.measured_plan(input, weight, dilation, method, device, packed)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:

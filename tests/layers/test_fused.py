@@ -1,13 +1,12 @@
 """What a GPU computes along with a large convolution: the sum of branches, the activation; driven on a CPU."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import lk_backbones
-from lk_backbones.layers import DepthwiseConv2d, ReparamDepthwiseConv2d, memory_format, reparameterize
-from lk_backbones.ops import _cuda, _operators
+from lk_backbones.encoders.replknet import RepLKBlock
+from lk_backbones.layers import DepthwiseConv2d, ReparamDepthwiseConv2d, prepack_weights, reparameterize
+from lk_backbones.ops import _cuda
 
 
 @pytest.fixture
@@ -84,17 +83,33 @@ def test_on_a_cpu_nothing_is_fused():
         assert layer.plus(torch.randn(1, 4, 8, 8)) is None
 
 
-def test_a_folded_network_computes_the_same(fused, monkeypatch):
-    monkeypatch.setattr(memory_format, "to_preferred_memory_format", lambda x: x)  # as on a GPU
-    torch.manual_seed(0)
-    model = timm.create_model("slak_n", num_classes=4).eval()
-    images = torch.randn(1, 3, 32, 32)
+def test_packed_strips_and_activations_too(fused):
+    layer, input = strips(), torch.randn(2, 3, 12, 16)
+    packed = prepack_weights(layer)
     with torch.no_grad():
-        with monkeypatch.context() as plain:
-            plain.setattr(_operators, "device_type", lambda tensor: "cpu")
-            expected = model(images)
-        folded = lk_backbones.reparameterize(model)
-        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-5)
+        expected = layer(input)
+        packed(input)  # measures
         fused.clear()
-        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-5)
-    assert (True, False) in fused
+        torch.testing.assert_close(packed(input), expected)
+    assert fused == [(False, False), (True, False)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_activation_behind_a_folded_large_kernel_is_computed_along(fused, autocast):
+    torch.manual_seed(0)
+    block = RepLKBlock(4, 4, 13, 5).eval()
+    input = torch.randn(2, 4, 8, 8)
+    packed = prepack_weights(block)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = block(input)
+        packed(input)  # measures
+        fused.clear()
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {}
+        torch.testing.assert_close(packed(input), expected, **tolerance)
+        assert fused == [(False, True)]
+        seen = []
+        packed.large_kernel.large.conv.act.register_forward_hook(lambda *args: seen.append(args))
+        fused.clear()
+        torch.testing.assert_close(packed(input), expected, **tolerance)
+    assert fused == [(False, False)]
+    assert len(seen) == 1

@@ -19,9 +19,11 @@ from lk_backbones.layers import (
     PackedLinear,
     PointwiseConv2d,
     called_in_a_row,
+    packed,
     restore_conv2d,
 )
 from lk_backbones.layers.packed import fuses, pack, unpack
+from lk_backbones.ops import _cpu
 from tests.conftest import assert_golden, randomize_norms
 
 MAPS = torch.randn(2, 8, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
@@ -497,3 +499,83 @@ def test_packed_linear_layer_takes_every_input_that_a_linear_layer_takes() -> No
             torch.testing.assert_close(torch.cat(layer(nested).unbind()), expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(RuntimeError, match="cannot be multiplied"):  # although there is nothing to multiply
             layer(torch.zeros(0, 9))
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not _cpu.computes_bfloat16(), reason="this processor multiplies no bfloat16 numbers"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [*LAYERS, "linear"])
+def test_bfloat16_is_packed_too(kind: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    layer_type, options = LAYERS.get(kind, (nn.Linear, {"out_features": 6}))
+    layer, input = layer_type(8, **options), torch.randn(5, 8) if kind == "linear" else MAPS
+    exact = copy.deepcopy(layer).bfloat16().double()
+    assert pack(layer, nn.ReLU())
+    if not autocast:
+        layer, input = layer.bfloat16(), input.bfloat16()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(input)
+        with torch.profiler.profile() as profiler:
+            output = layer(input)
+    operators = {event.name for event in profiler.events()}
+    assert bool(operators & PACKED_OPERATORS) == (kind not in ("reflecting", "depthwise by name"))
+    assert output.dtype == torch.bfloat16
+    expected = exact(input.bfloat16().double()).relu()
+    assert (output.double() - expected).norm() <= 2**-8 * expected.norm()
+
+
+@needs_bfloat16
+def test_autocast_and_float32_may_alternate() -> None:
+    layer, plain = packed_layer()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=1e-5, atol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=2e-2, atol=2e-2)
+        layer.weight.mul_(2)
+        plain[0].weight.mul_(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(MAPS), plain(MAPS), rtol=2e-2, atol=2e-2)
+
+
+@needs_bfloat16
+def test_band_matrices_follow_the_width_of_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "has_amx", lambda: True)
+    made: list[int] = []
+    make = packed.pack_bands
+
+    def count(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        made.append(shape[3])
+        return make(weight, shape)
+
+    monkeypatch.setattr(packed, "pack_bands", count)
+    torch.manual_seed(0)
+    layer = DepthwiseConv2d(64, 64, 29, padding=14, groups=64).bfloat16()
+    exact = copy.deepcopy(layer).double()
+    assert pack(layer, nn.ReLU())
+
+    def check(width: int) -> None:
+        maps = torch.randn(1, 64, 28, width).bfloat16().to(memory_format=torch.channels_last)
+        expected = exact(maps.double()).relu()
+        assert (layer(maps).double() - expected).norm() <= 2**-8 * expected.norm()
+
+    with torch.no_grad():
+        for width in (28, 28, 32, 28, 32):  # one call of another width is no reason to make them anew
+            check(width)
+        assert made == [28]
+        check(32)
+        assert made == [28, 32]
+        for parameters in (layer, exact):
+            parameters.weight.mul_(2)
+        check(32)
+        assert made == [28, 32, 32]
+        check(32)
+        assert made == [28, 32, 32]
+        layer = copy.deepcopy(layer)  # without them
+        check(32)
+        assert made == [28, 32, 32, 32]
+    assert list(layer.state_dict()) == ["weight", "bias"]

@@ -58,6 +58,44 @@ def test_cpu_rule(shape, kernel, nchw, channels_last):
     assert half.forward == ("direct" if nchw == ("native", "direct") else nchw[0])
 
 
+# Batch, channels, size and kernel -> the forward in bfloat16 and channels_last, and that of packed weights with AMX.
+BFLOAT16 = {
+    (1, 128, 56, 7): ("native", "native"),
+    (1, 512, 14, 27): ("native", "direct"),  # converting the kernel, too, costs more than a slower convolution
+    (8, 512, 14, 27): ("direct", "bands"),
+    (1, 256, 28, 29): ("direct", "bands"),
+    (8, 256, 28, 29): ("direct", "bands"),
+    (8, 128, 128, 31): ("fft", "fft"),
+    (8, 1024, 7, 13): ("direct", "direct"),
+    (1, 128, 56, 3): ("native", "native"),
+}
+
+
+@pytest.mark.usefixtures("avx512")
+@pytest.mark.parametrize("case", BFLOAT16)
+def test_cpu_rule_for_bfloat16(case, monkeypatch):
+    batch, channels, size, kernel = case
+    options = {"channels_last": True, "dtype": torch.bfloat16}
+    chosen = {}
+    for capable in (False, True):
+        monkeypatch.setattr(_cpu, "has_avx512_bf16", lambda capable=capable: capable)
+        for amx in (False, True):
+            monkeypatch.setattr(_cpu, "has_amx", lambda amx=amx: amx)
+            _operators._cached_plan.cache_clear()
+            for packed in (False, True):
+                plans = plan((batch, channels, size, size), kernel, packed=packed, **options)
+                chosen[capable, amx, packed] = plans.forward
+                in_float32 = plan((batch, channels, size, size), kernel, channels_last=True)
+                assert plans.backward == in_float32.backward  # gradients are computed in float32
+    without = "native" if kernel == 3 else "fft" if size == 128 else "direct"  # as ever, through float32
+    assert {chosen[False, False, packed] for packed in (False, True)} == {without}
+    assert (chosen[True, True, False], chosen[True, True, True]) == BFLOAT16[case]
+    assert "bands" not in {chosen[capable, False, packed] for capable in (False, True) for packed in (False, True)}
+    assert plan((batch, channels, size, size), kernel, packed=True, channels_last=True).forward != "bands"  # float32
+    dilated = plan((batch, channels, size, size), kernel, packed=True, dilation=2, **options)
+    assert dilated.forward != "bands"
+
+
 @pytest.mark.usefixtures("avx512")
 def test_rule_sees_what_is_computed():
     for channels_last in (False, True):  # cropped to 27 taps, which PyTorch does not do
