@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lk_backbones.ops import _cuda, _operators, _tuning
+from lk_backbones.ops import _cuda, _paths, _tuning
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[di
     from lk_backbones.ops import _triton
 
     monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
-    monkeypatch.setattr(_operators, "device_type", lambda tensor: "cuda")
+    monkeypatch.setattr(_paths, "device_type", lambda tensor: "cuda")
     monkeypatch.setattr(_cuda, "capability", lambda device: (9, 0))
     monkeypatch.setattr(_cuda, "device_name", lambda device: "Pretended Card (9.0)")
     small = {name: _triton.Config(16, 32, 32, 4, 3) for name in ("triton", "triton-wide")}
@@ -37,6 +37,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[di
     monkeypatch.setattr(_cuda, "tuner", _tuning.Tuner(_cuda.device_name, clock, tmp_path / "choices.json"))
     monkeypatch.setattr(_cuda, "precision", lambda dtype: "ieee")
     monkeypatch.setattr(_cuda, "_products", lambda input: "ieee")  # the interpreter knows no others
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()
     yield milliseconds
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()

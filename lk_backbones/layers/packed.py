@@ -30,7 +30,7 @@ from lk_backbones.ops import (
     packed_dtype,
     packed_linear,
 )
-from lk_backbones.ops._operators import plan_for
+from lk_backbones.ops._paths import plan_for
 
 __all__ = [
     "PackedConv2d",

@@ -7,9 +7,8 @@ any order work.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,27 +17,17 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from lk_backbones._private.torch import operators_are_watched
-from lk_backbones.ops import _cpu, _cuda
-from lk_backbones.ops._plan import Plan, resolve_method
+from lk_backbones.ops import _cpu, _cuda, _paths
 from lk_backbones.ops._shapes import (
     crop,
-    crop_kernel,
     in_format,
     is_channels_last,
     join_phases,
     memory_format,
-    phase_size,
     split_phases,
     uncrop,
 )
-from lk_backbones.ops._tuning import KINDS, Choice, Kind, Problem
-
-MEASURING = ("auto", "lookup")  # methods that what was measured counts for
-
-
-def device_type(tensor: Tensor) -> str:
-    """Return the type of the device whose paths a tensor's convolution takes."""
-    return tensor.device.type
+from lk_backbones.ops._tuning import KINDS
 
 
 def pair(dilation: int | tuple[int, int]) -> tuple[int, int]:
@@ -68,210 +57,6 @@ def _padding(weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
     return dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)
 
 
-def native_is_best(device: str, weight: Tensor, dilation: tuple[int, int]) -> bool:
-    """Return whether PyTorch's own operator is best whatever the map, so that nothing need stand before it."""
-    if device == "cpu":
-        return weight.shape[3] <= 3 and dilation == (1, 1)
-    return device != "cuda" or max(_kernel_size(weight)) < _cuda.SMALLEST_KERNEL
-
-
-def plan_for(
-    input: Tensor,
-    weight: Tensor,
-    dilation: tuple[int, int],
-    method: str,
-    device: str,
-    packed: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Plan:
-    """Choose the paths for an input ``(N, C, H, W)`` and a weight ``(C, 1, kH, kW)``, which may be packed ahead.
-
-    The dtype is the input's if it is ``None``.
-    """
-    if method == "auto" and native_is_best(device, weight, dilation):
-        reason = f"PyTorch is fast at {weight.shape[2]}x{weight.shape[3]} kernels on {device}"
-        return Plan("native", "native", "native", reason)
-    return _cached_plan(
-        input.shape,
-        weight.shape,
-        input.dtype if dtype is None else dtype,
-        is_channels_last(input),
-        dilation,
-        resolve_method(method),
-        device,
-        packed,
-        _cuda.precision(input.dtype) if device == "cuda" else "ieee",
-        _index(input) if device == "cuda" else 0,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _cached_plan(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    dtype: torch.dtype,
-    channels_last: bool,
-    dilation: tuple[int, int],
-    method: str,
-    device: str,
-    packed: bool,
-    precision: str,
-    index: int,
-) -> Plan:
-    if 0 in input_shape:
-        return Plan("native", "native", "native", "the input is empty")
-    if method == "native" or (method == "direct" and device != "cpu"):
-        return Plan("native", "native", "native", f"method {method!r} asked for")
-    shape, kernel_size = _dense(input_shape, weight_shape, dilation)
-    forced = {"cpu": ("direct", "fft"), "cuda": ("fft", "triton", "cudnn", "aten")}.get(device, ("fft",))
-    lacking = ""
-    if method in forced:
-        if device != "cuda" or _cuda.can_compute(method, shape, kernel_size, dtype, index):
-            return Plan(method, method, method, f"method {method!r} asked for")
-        lacking = f"method {method!r} asked for, which is not to be had for this device and dtype; "
-    if device == "cuda":
-        plan = _cuda.choose_paths(shape, kernel_size, dtype, index)
-        return replace(plan, reason=lacking + plan.reason)
-    whole_kernel = weight_shape[2], weight_shape[3]
-    chosen = _cpu.choose_paths(shape, kernel_size, dtype, channels_last, packed and dilation == (1, 1))
-    if chosen.forward in ("fft", "bands") or (dilation == (1, 1) and kernel_size == whole_kernel):
-        return chosen
-    # The plan is for the cropped, dense problem, while the native path computes the one that was asked for.
-    narrow = _cpu.is_narrow(whole_kernel[1], dilation)
-    return replace(chosen, forward="native" if narrow else "direct")
-
-
-def _dense(
-    input_shape: Sequence[int], weight_shape: Sequence[int], dilation: tuple[int, int]
-) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    """Shape of the maps and size of the kernel that are computed with: no dilation, no tap out of reach."""
-    batch, channels, height, width = input_shape
-    rows, columns = phase_size((height, width), dilation)
-    kernel_size = crop_kernel((weight_shape[2], weight_shape[3]), (rows, columns))
-    return (batch * dilation[0] * dilation[1], channels, rows, columns), kernel_size
-
-
-def _index(input: Tensor) -> int:
-    """Index of the CUDA device of a tensor; of one on another device, that of the current one."""
-    if input.is_cuda:
-        return input.get_device()
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
-def _problem(kind: Kind, input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Problem:
-    return Problem(
-        kind,
-        input.shape,
-        weight.shape[2:],
-        dilation,
-        input.dtype,
-        is_channels_last(input),
-        _cuda.precision(input.dtype),
-        _index(input),
-    )
-
-
-def measured_plan(
-    input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str, device: str, packed: bool = False
-) -> Plan:
-    """Choose the paths as `plan_for`, or as was measured on the device at hand where that counts."""
-    plan = plan_for(input, weight, dilation, method, device, packed)
-    if device != "cuda" or not _measuring_counts(resolve_method(method)) or _is_trivial(input, weight, dilation):
-        return plan
-    choices = {}
-    for kind in KINDS:
-        problem = _problem(kind, input, weight, dilation)
-        if (choice := _cuda.tuner.look_up(problem, _can_compute(problem))) is not None:
-            choices[kind] = choice
-    if not choices:
-        return plan
-    reason = f"measured on {_cuda.device_name(_index(input))}"
-    if estimated := [kind.replace("_", " ") for kind in KINDS if kind not in choices]:
-        reason += f"; not yet measured: {', '.join(estimated)} ({plan.reason})"
-    paths: dict[str, Any] = {kind: choice.path for kind, choice in choices.items()}
-    milliseconds: dict[str, dict[str, float]] = {kind: dict(choice.milliseconds) for kind, choice in choices.items()}
-    return replace(plan, **paths, reason=reason, milliseconds=milliseconds)
-
-
-def _measuring_counts(method: str) -> bool:
-    """Return whether what was measured on a CUDA device decides, for a method of `resolve_method`."""
-    return method in MEASURING and not _cuda.must_follow_rule()
-
-
-def _is_trivial(input: Tensor, weight: Tensor, dilation: tuple[int, int]) -> bool:
-    """Return whether there is nothing to measure on a CUDA device."""
-    return 0 in input.shape or native_is_best("cuda", weight, dilation)
-
-
-def _can_compute(problem: Problem) -> Callable[[str], bool]:
-    shape, kernel_size = _dense(problem.shape, (0, 0, *problem.kernel_size), problem.dilation)
-    return lambda path: _cuda.can_compute(path, shape, kernel_size, problem.dtype, problem.device)
-
-
-Operands = tuple[Tensor | None, ...]
-
-
-def _path(
-    kind: Kind,
-    compute: Callable[[str, Operands], Tensor],
-    operands: Operands,
-    input: Tensor,
-    weight: Tensor,
-    dilation: tuple[int, int],
-    method: str,
-) -> str:
-    """Choose the path of one result on a CUDA device: what was measured, measuring if need be, else by rule.
-
-    Args:
-        kind: Which result.
-        compute: Computes it by a path from operands.
-        operands: The numbers at hand.
-        input: ``(N, C, H, W)``.
-        weight: ``(C, 1, kH, kW)``.
-        dilation: Of rows and columns.
-        method: As `depthwise_conv2d`.
-    """
-
-    def planned_path() -> str:
-        path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)
-        return path
-
-    mode = resolve_method(method)
-    if _measuring_counts(mode):
-        problem = _problem(kind, input, weight, dilation)
-        choice = _cuda.tuner.known.get(problem)
-        if choice is None and not _is_trivial(input, weight, dilation):
-            choice = _cuda.tuner.look_up(problem, _can_compute(problem))
-            if choice is None and mode == "auto":
-                choice = _measure(problem, compute, operands)
-            if choice is not None and _cuda.is_triton(planned := planned_path()) and planned != choice.path:
-                compute(planned, operands)  # so that it is compiled and loaded when a graph is captured
-        if choice is not None:
-            return choice.path
-    return planned_path()
-
-
-def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], operands: Operands) -> Choice | None:
-    shape, kernel_size = _dense(problem.shape, (0, 0, *problem.kernel_size), problem.dilation)
-    paths = _cuda.candidates(problem.kind, shape, kernel_size, problem.dtype, problem.channels_last, problem.device)
-
-    def candidates(operands: Operands) -> dict[str, Callable[[], Tensor]]:
-        return {path: functools.partial(compute, path, operands) for path in paths}
-
-    def made_up() -> dict[str, Callable[[], Tensor]]:
-        generator = torch.Generator(problem_device).manual_seed(0)  # the program's random numbers stay as they are
-        return candidates(
-            tuple(
-                None if operand is None else torch.empty_like(operand).normal_(generator=generator)
-                for operand in operands
-            )
-        )
-
-    problem_device = next(operand.device for operand in operands if operand is not None)
-    with torch.no_grad():
-        return _cuda.tuner.measure(problem, candidates(operands), ("native", "fft"), made_up)
-
-
 def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:
     """PyTorch's own operator."""
     padding = _padding(weight, dilation)
@@ -280,17 +65,17 @@ def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     """Output ``(N, C, H, W)``, in the memory format of ``input``."""
-    device, dilation = device_type(input), pair(dilation)
+    device, dilation = _paths.device_type(input), pair(dilation)
     with _without_autocast(input.device.type):
         if device != "cuda":
-            path = plan_for(input, weight, dilation, method, device).forward
+            path = _paths.plan_for(input, weight, dilation, method, device).forward
             return _convolve_by(path, (input, weight, bias), dilation)
         compute = functools.partial(_convolve_by, dilation=dilation)
-        path = _path("forward", compute, (input, weight, bias), input, weight, dilation, method)
+        path = _paths.choose_path("forward", compute, (input, weight, bias), input, weight, dilation, method)
         return _convolve_by(path, (input, weight, bias), dilation)
 
 
-def _convolve_by(path: str, operands: Operands, dilation: tuple[int, int]) -> Tensor:
+def _convolve_by(path: str, operands: _paths.Operands, dilation: tuple[int, int]) -> Tensor:
     """Output by a path, from input, weight and bias."""
     input, weight, bias = operands
     assert input is not None
@@ -299,7 +84,7 @@ def _convolve_by(path: str, operands: Operands, dilation: tuple[int, int]) -> Te
         output = _native_by(path, native, (input, weight, bias), dilation)
     else:
         maps, kernel = _prepare(input, weight, dilation, path)
-        backend = _cuda if device_type(input) == "cuda" else _cpu
+        backend = _cuda if _paths.device_type(input) == "cuda" else _cpu
         output = backend.convolve(maps, kernel, None if bias is None else bias.to(maps.dtype), path)
         output = join_phases(output, _map_size(input), dilation)
     return in_format(output.to(input.dtype), memory_format(input))
@@ -315,7 +100,7 @@ def convolve_and_more(
     method: str,
 ) -> Tensor:
     """Convolution, then a sum and a ReLU, without a gradient; in one pass where the path of the convolution has it."""
-    device = device_type(input)
+    device = _paths.device_type(input)
     with _without_autocast(input.device.type):
         return _convolve_and_more(input, weight, bias, addend, relu, dilation, method, device)
 
@@ -333,7 +118,7 @@ def _convolve_and_more(
     if device == "cuda":
         operands = input, weight, bias
         compute = functools.partial(_convolve_by, dilation=dilation)
-        path = _path("forward", compute, operands, input, weight, dilation, method)
+        path = _paths.choose_path("forward", compute, operands, input, weight, dilation, method)
         # In channels_last the addend would have to be copied into the order that the kernels compute in.
         within = addend if not is_channels_last(input) else None
         if _cuda.is_triton(path) and dilation == (1, 1) and not (relu and addend is not within):
@@ -342,7 +127,7 @@ def _convolve_and_more(
             return output if addend is None or addend is within else output.add_(addend)
         output = _convolve_by(path, operands, dilation)
     else:
-        path = plan_for(input, weight, dilation, method, device).forward
+        path = _paths.plan_for(input, weight, dilation, method, device).forward
         output = _convolve_by(path, (input, weight, bias), dilation)
     if addend is not None:
         output.add_(addend)
@@ -353,7 +138,7 @@ def _is_native(path: str) -> bool:
     return path == "native" or path in _cuda.LIBRARIES or path in _cuda.FORMATS
 
 
-def _native_by(path: str, run: Callable[..., Any], operands: Operands, *arguments: Any) -> Any:
+def _native_by(path: str, run: Callable[..., Any], operands: _paths.Operands, *arguments: Any) -> Any:
     """PyTorch's own operator, told how; the weight has no memory format that matters."""
     if path in _cuda.FORMATS:
         wanted = _cuda.FORMATS[path]
@@ -387,17 +172,17 @@ def _gradients(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``input`` and ``weight``, each in the layout of what it belongs to; empty where not wanted."""
-    device, dilation = device_type(input), pair(dilation)
+    device, dilation = _paths.device_type(input), pair(dilation)
     operands = grad_output, input, weight
     results: list[Tensor | None] = [None, None]
     with _without_autocast(input.device.type):
         paths: tuple[str, str]
         if device != "cuda":
-            plan = plan_for(input, weight, dilation, method, device)
+            plan = _paths.plan_for(input, weight, dilation, method, device)
             paths = plan.input_gradient, plan.weight_gradient
         else:
             input_path, weight_path = (
-                _path(
+                _paths.choose_path(
                     kind,
                     functools.partial(_gradient_by, which=which, dilation=dilation),
                     operands,
@@ -423,7 +208,7 @@ def _gradients(
         )
 
 
-def _gradient_by(path: str, operands: Operands, which: int, dilation: tuple[int, int]) -> Tensor:
+def _gradient_by(path: str, operands: _paths.Operands, which: int, dilation: tuple[int, int]) -> Tensor:
     """Gradient of the input (0) or of the weight (1) by a path."""
     gradient = _gradients_by(path, operands, dilation, [which == 0, which == 1])[which]
     assert gradient is not None
@@ -431,14 +216,14 @@ def _gradient_by(path: str, operands: Operands, which: int, dilation: tuple[int,
 
 
 def _gradients_by(
-    path: str, operands: Operands, dilation: tuple[int, int], output_mask: list[bool]
+    path: str, operands: _paths.Operands, dilation: tuple[int, int], output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by a path, from the gradient of the output, input and weight; each in the layout of its own."""
     grad_output, input, weight = operands
     assert grad_output is not None
     assert input is not None
     assert weight is not None
-    on_cpu = device_type(input) != "cuda"
+    on_cpu = _paths.device_type(input) != "cuda"
     if _is_native(path):
         grad_input, grad_weight = _native_by(path, _native_backward, operands, dilation, output_mask)
     elif path == "direct" and on_cpu and _cpu.is_narrow(weight.shape[3], dilation):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lk_backbones._private.torch import operators_are_watched
-from lk_backbones.ops import _operators
+from lk_backbones.ops import _operators, _paths
 from lk_backbones.ops._plan import METHODS, Method, Plan, operand_dtype, wants_plain_convolution
 
 __all__ = ["Plan", "depthwise_conv2d", "depthwise_conv2d_and_more", "explain", "has_fused_depthwise"]
@@ -56,8 +56,8 @@ def depthwise_conv2d(
     input, weight = input.to(operand_dtype(input)), weight.to(operand_dtype(weight))
     bias = None if bias is None else bias.to(operand_dtype(bias))
     _check(input, weight, bias, method)
-    device = _operators.device_type(input)
-    if method == "native" or (method == "auto" and _operators.native_is_best(device, weight, dilation)):
+    device = _paths.device_type(input)
+    if method == "native" or (method == "auto" and _paths.native_is_best(device, weight, dilation)):
         return _operators.native(input, weight, bias, dilation)
     if input.dim() == 3:
         return depthwise_conv2d(input.unsqueeze(0), weight, bias, dilation, method).squeeze(0)
@@ -65,7 +65,7 @@ def depthwise_conv2d(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     inference = not (wants_gradient or torch.compiler.is_compiling() or device == "cuda")
-    if inference and _operators.plan_for(input, weight, dilation, method, device).forward == "native":
+    if inference and _paths.plan_for(input, weight, dilation, method, device).forward == "native":
         return _operators.native(input, weight, bias, dilation)
     return _operators.apply(input, weight, bias, dilation, method)
 
@@ -81,7 +81,7 @@ def has_fused_depthwise(input: Tensor, *tensors: Tensor | None) -> bool:
     """
     given = [input, *(tensor for tensor in tensors if tensor is not None)]
     return (
-        _operators.device_type(input) == "cuda"
+        _paths.device_type(input) == "cuda"
         and input.dim() == 4
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
@@ -168,8 +168,8 @@ def explain(
         input, weight = (tensor.to("meta", operand_dtype(tensor)) for tensor in (input, weight))
     _check(input, weight, None, method)
     input = input if input.dim() == 4 else input.unsqueeze(0)
-    device = _operators.device_type(input) if device is None else device
-    return _operators.measured_plan(input, weight, dilation, method, device, packed)
+    device = _paths.device_type(input) if device is None else device
+    return _paths.measured_plan(input, weight, dilation, method, device, packed)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, method: str) -> None:

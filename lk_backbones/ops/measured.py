@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lk_backbones.ops import _cuda, _operators
+from lk_backbones.ops import _cuda, _paths
 from lk_backbones.ops._plan import resolve_method
 from lk_backbones.ops._tuning import Choice
 
@@ -35,7 +35,7 @@ def is_measured(input: Tensor) -> bool:
     That is so on CUDA devices unless ``LK_BACKBONES_DEPTHWISE`` says otherwise, a graph is captured, or PyTorch was
     asked for deterministic algorithms.
     """
-    on_cuda = _operators.device_type(input) == "cuda"
+    on_cuda = _paths.device_type(input) == "cuda"
     return on_cuda and resolve_method("auto") == "auto" and not _cuda.must_follow_rule()
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lk_backbones.layers import DepthwiseConv2d
 from lk_backbones.ops import (
     _cuda,
-    _operators,
+    _paths,
     _tuning,
     depthwise_conv2d,
     depthwise_conv2d_and_more,
@@ -208,9 +208,9 @@ def test_compiled_programs_trace_without_measuring(pretended_gpu):
         seen.append(torch.compiler.is_compiling())
         return original(*arguments)
 
-    original = _operators._measure
+    original = _paths._measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_operators, "_measure", watch)
+        patch.setattr(_paths, "_measure", watch)
         output = compiled(input, weight)
     assert close([output], [expected([input, weight])[0]])
     assert True not in seen

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from lk_backbones.ops import _cpu, _cuda, _operators, depthwise_conv2d, explain
+from lk_backbones.ops import _cpu, _cuda, _paths, depthwise_conv2d, explain
 
 
 def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, **options):
@@ -20,9 +20,9 @@ def plan(shape, kernel, device="cpu", channels_last=False, dtype=torch.float32, 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()
     yield
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_cpu_rule_for_bfloat16(case, monkeypatch):
         monkeypatch.setattr(_cpu, "has_avx512_bf16", lambda capable=capable: capable)
         for amx in (False, True):
             monkeypatch.setattr(_cpu, "has_amx", lambda amx=amx: amx)
-            _operators._cached_plan.cache_clear()
+            _paths._cached_plan.cache_clear()
             for packed in (False, True):
                 plans = plan((batch, channels, size, size), kernel, packed=packed, **options)
                 chosen[capable, amx, packed] = plans.forward
@@ -114,7 +114,7 @@ def test_narrow_registers_favour_the_transform(monkeypatch):
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX512")
     assert plan(shape, kernel).forward == "direct"
     monkeypatch.setattr(_cpu, "_instructions", lambda: "AVX2")
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()
     assert plan(shape, kernel).forward == "fft"
 
 
