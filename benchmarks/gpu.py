@@ -5,7 +5,7 @@ share of what the card can do; whole models in training and inference beside Con
 measuring costs. The most important comes first, each section has its share of the time, and files are written again
 after every shape and every group of models, so that a run cut short leaves what it has measured::
 
-    python benchmarks/gpu.py                                 # half an hour; docs/benchmarks/gpu_<card>.json and beside it
+    python benchmarks/gpu.py                                 # half an hour; writes docs/benchmarks/gpu_<card>.*
     python benchmarks/gpu.py --minutes 9 --output results/h200
     python benchmarks/gpu.py --only stages --only tuning     # some sections
     python benchmarks/gpu.py --pretend --output /tmp/gpu     # for developers: the whole program on a CPU, tiny shapes
@@ -57,7 +57,7 @@ from gpu_device import (
     use_folders_of_our_own,
 )
 from gpu_operator import Setting
-from gpu_workers import Workers, serve
+from gpu_workers import Workers, serve, stop_workers
 
 from lk_backbones._files import write_atomically
 
@@ -66,6 +66,9 @@ GRACE = 45.0  # seconds after the time is up until the program ends whatever it 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 # Section -> its share of the time, in the order of importance. What one leaves is shared by those that follow.
 SHARES = {"stages": 0.24, "tuning": 0.11, "models": 0.24, "paper": 0.17, "shapes": 0.13, "more models": 0.11}
+
+
+TUNING_STATES = ("nothing known", "kernels compiled before", "everything known")
 
 
 @dataclass
@@ -172,8 +175,11 @@ class Sections:
                 for setting in self.settings(section)
             ]
         if section == "tuning":
-            states = ("nothing known", "kernels compiled before", "everything known")
-            probes = [Job(state, 20.0, lambda state=state: self._tuning(state)) for state in states]  # type: ignore[misc]
+            seconds = (5.0, 5.0, 5.0) if self.run.pretended else (40.0, 25.0, 20.0)
+            probes = [
+                Job(state, own, lambda state=state: self._tuning(state))  # type: ignore[misc]
+                for state, own in zip(TUNING_STATES, seconds, strict=True)
+            ]
             return [Job("looking up", 2.0, self._look_up), *probes]
         if self.run.pretended:
             groups = gpu_models.pretended_groups(section)
@@ -195,7 +201,7 @@ class Sections:
     def _operator(self, setting: Setting) -> None:
         found = self.workers.found.get(setting.label, {}) if self.workers.is_checked(setting) else {}
         rates = self.run.content["rates"]
-        seconds = 0.05 if self.run.pretended else 0.6
+        seconds = 0.01 if self.run.pretended else 0.6
         row = gpu_operator.measure(setting, self.watch, rates, found, seconds)
         self.run.content["operator"].append(row)
         parts = []
@@ -213,15 +219,12 @@ class Sections:
     def _tuning(self, state: str) -> None:
         """Tune a network in a process of its own, whose caches are empty, half empty, or as the last one left them."""
         folder = self.folder / "tuning"
-        if state == "nothing known":
-            self._number = getattr(self, "_number", 0) + 1
-        choices = folder / f"choices {state if state == 'nothing known' else 'kept'}"
-        environment = {
-            **os.environ,
-            "LK_BACKBONES_CACHE": str(choices),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
-        }
-        limit = max(10.0, self.run.left + 0.5 * GRACE)
+        first = state == TUNING_STATES[0]
+        if not first and "tuning_seconds" not in self.run.content["tuning"].get(TUNING_STATES[0], {}):
+            raise RuntimeError(f"'{TUNING_STATES[0]}' did not work, on which this builds")
+        choices = folder / ("choices of the first" if first else "choices of the others")
+        environment = {**os.environ, "LK_BACKBONES_CACHE": str(choices), "TRITON_CACHE_DIR": str(folder / "triton")}
+        limit = max(10.0, self.run.left)
         command = [*self.worker_command, "tuning"]
         answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
         lines = answer.stdout.strip().splitlines()
@@ -264,6 +267,7 @@ class Sections:
         run.say(f"{section}: {len(jobs)} measurements, {seconds:.0f} s")
         before, todo = state["seconds"], list(jobs)
         waiting: list[Job] = []
+        begun = False
 
         def note() -> None:
             state["left_out"] = [job.label for job in (*waiting, *todo)]
@@ -279,15 +283,15 @@ class Sections:
             checked = {setting.label for setting in settings if self.workers.is_checked(setting)}
             run.say(f"{len(checked)} of {len(settings)} checked")
             todo.sort(key=lambda job: job.label not in checked)  # what is compiled is quickly done
-        elif section in ("models", "more models"):
-            self.workers.close()  # their contexts take memory
+        elif section in ("models", "more models") and run.content["machine"].get("memory_gb", 64) < 64:
+            self.workers.close()  # their contexts take memory that models may need
         while todo:
             job = todo.pop(0)
-            # The first is begun in any case while there is time: estimates are for cards like the first it ran on.
-            first = len(waiting) + len(todo) + 1 == len(jobs) and not waiting
-            if deadline - time.monotonic() < (0.3 * job.seconds if first else job.seconds):
+            # The first is begun with less, too: better one figure too late than none.
+            if deadline - time.monotonic() < (job.seconds if begun else 0.3 * job.seconds):
                 waiting.append(job)
                 continue
+            begun = True
             try:
                 job.run()
             except DeviceLost:
@@ -300,7 +304,7 @@ class Sections:
             note()
             run.save()
         note()
-        run.save(plots=True)
+        run.save(plots=section == "models")  # half-way
         if waiting:
             run.say(f"{section}: no time for {len(waiting)} of {len(jobs)}")
         return waiting
@@ -315,9 +319,12 @@ def _watch(run: Run) -> None:
     while run.left > -GRACE:
         time.sleep(1)
     run.say("something does not come to an end: saving and leaving")
+    run.content["state"] = "did not come to an end"
     run.content["failures"].append({"where": "the end", "what": f"still busy {GRACE:.0f} s after the time was up"})
-    with contextlib.suppress(Exception):
-        run.save()
+    saving = threading.Thread(target=run.save, daemon=True)  # what hangs may hang in saving
+    saving.start()
+    saving.join(20)
+    stop_workers()
     os._exit(3)
 
 
@@ -400,10 +407,11 @@ def main() -> int:
             sections = Sections(run, Path(name), command, arguments.only)
             run.say(f"{run.content['machine']['card']}: its own rates")
             run.content["rates"] = measure_rates(sections.watch)
-            run.say(gpu_report._rates(run.content["rates"]))
+            run.say(gpu_report.rates_line(run.content["rates"]))
             run.save()
             sections.measure()
-            run.content["state"] = "complete" if run.left > 0 else "the time was up"
+            cut_short = any(own["left_out"] for own in run.content["sections"].values())
+            run.content["state"] = "the time was up" if cut_short else "complete"
         except DeviceLost as lost:
             run.content["state"] = "the device was lost"
             run.failed("the device", f"does not work any more in this process: {lost}")
@@ -415,7 +423,7 @@ def main() -> int:
             if sections is not None:
                 sections.workers.close()
             with contextlib.suppress(Exception) if status else contextlib.nullcontext():
-                run.save(plots=status in (0, 3))
+                run.save(plots=True)
     print("\n" + "\n".join(gpu_report.target_lines(run.content)))
     print(f"{run.content['state']}; files: {stem}.json, {stem}.md" + (", plots" if list(_plots(stem)) else ""))
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import statistics
@@ -16,7 +17,10 @@ import torch
 
 FILL_BYTES = 2**28  # of the work that keeps a device busy while calls queue up behind it
 TURN_MS = 2.0  # of calls in a row, at least
-SLOW = 10.0  # a contestant that takes this many times as long as the fastest is timed twice only
+SLOW, SLOW_MS = 10.0, 5.0  # who takes so many times as long as the fastest, and so long at all, is timed once
+
+
+OUT_OF_MEMORY = "out of memory"
 
 
 class DeviceLost(RuntimeError):
@@ -36,7 +40,7 @@ def explain_failure(error: BaseException) -> str:
         DeviceLost: If the device does not work any more after it, as after an access to wrong memory.
     """
     out_of_memory = isinstance(error, torch.OutOfMemoryError)
-    text = "out of memory" if out_of_memory else first_line(error)
+    text = OUT_OF_MEMORY if out_of_memory else first_line(error)
     if torch.cuda.is_available():
         error.__traceback__ = None  # its frames hold tensors
         try:
@@ -110,8 +114,6 @@ class Stopwatch:
             calls: How often.
             python_ms: How long a call keeps Python busy, about.
         """
-        if self.device.type != "cuda":
-            return self.called(run, calls)
         torch.cuda.synchronize()
         wait = 1.5 * python_ms * calls + 0.2
         for _ in range(min(400, round(wait / self._fill_ms) + 1)):
@@ -150,7 +152,7 @@ class Stopwatch:
         Args:
             runs: What is called, by name.
             seconds: After which no further round begins, once there were two.
-            rounds: How many there are.
+            rounds: How many there are at most.
 
         Returns:
             The times of those that ran, and why the others did not.
@@ -159,30 +161,34 @@ class Stopwatch:
         failed: dict[str, str] = {}
         calls: dict[str, int] = {}
         python_ms: dict[str, float] = {}
+        fastest = math.inf
         for name, run in runs.items():
             try:
                 run()  # compiles and plans
-                python_ms[name] = min(self.python(run) for _ in range(2))
                 first = self.called(run, 1)
+                if first > max(SLOW * fastest, SLOW_MS):
+                    times[name] = Times([first], [first])
+                    continue
+                if self.device.type == "cuda":
+                    python_ms[name] = min(self.python(run) for _ in range(2))
             except Exception as error:
                 failed[name] = explain_failure(error)
                 continue
+            fastest = min(fastest, first)
             times[name] = Times()
             calls[name] = max(1, min(20, round(TURN_MS / max(first, 1e-3))))
-        begin, slow = time.perf_counter(), set()
+        begin = time.perf_counter()
         for number in range(rounds):
             if number >= 2 and time.perf_counter() - begin > seconds:
                 break
-            if number == 2:
-                fastest = min((min(own.device) for own in times.values()), default=0.0)
-                slow = {name for name, own in times.items() if min(own.device) > SLOW * fastest}
-            for name in [name for name in times if name not in slow]:
+            for name in [name for name in times if name in calls]:
                 try:
                     called = self.called(runs[name], calls[name])
-                    device = self.alone(runs[name], calls[name], python_ms[name])
+                    alone = self.device.type == "cuda"
+                    device = self.alone(runs[name], calls[name], python_ms[name]) if alone else called
                 except Exception as error:
                     failed[name] = explain_failure(error)
-                    del times[name]
+                    del times[name], calls[name]
                     continue
                 times[name].called.append(called)
                 times[name].device.append(device)
@@ -253,7 +259,10 @@ def describe_device(device: torch.device) -> dict[str, object]:
     }
     try:
         query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        # By its serial: CUDA counts only the cards that this process may see.
+        identity = getattr(properties, "uuid", None)
+        which = f"--id={device.index or 0}" if identity is None else f"--id=GPU-{identity}"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", which]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         facts |= dict(zip(query.split(","), (part.strip() for part in answer.strip().split(",")), strict=False))
     except (OSError, subprocess.SubprocessError) as error:
@@ -271,7 +280,8 @@ def use_folders_of_our_own(folder: Path) -> None:
 def pretend() -> None:
     """Let the operator take its road for CUDA devices on a CPU, with kernels in Triton's interpreter.
 
-    Two of its candidates are there to be turned down: one raises an error and one computes wrong numbers.
+    Two of its candidates are there to be turned down: one raises an error and one computes wrong numbers. The tuner's
+    clock is made up and lets it always choose ``"triton"``.
     ``TRITON_INTERPRET=1`` must have been set before Triton was imported.
     """
     from lk_backbones.ops import _cuda, _operators, _triton, _tuning
@@ -307,7 +317,11 @@ def pretend() -> None:
     )
     for owner, name, replacement in replacements:
         setattr(owner, name, replacement)
-    _cuda.tuner = _tuning.Tuner(_cuda.device_name, Stopwatch(torch.device("cpu")).called)
+
+    def made_up_time(run: Callable[[], object], calls: int) -> float:
+        return 1.0 if run.args[0] == "triton" else 2.0  # type: ignore[attr-defined]
+
+    _cuda.tuner = _tuning.Tuner(_cuda.device_name, made_up_time)
     _operators._cached_plan.cache_clear()
 
 

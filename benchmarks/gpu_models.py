@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from gpu_device import DeviceLost, explain_failure, free_memory
+from gpu_device import OUT_OF_MEMORY, DeviceLost, explain_failure, free_memory
 from torch import nn
 
 import lk_backbones
@@ -152,7 +152,7 @@ def measure_group(
         except Exception as error:
             run = None  # type: ignore[assignment]
             entries[label] = {"failed": explain_failure(error)}
-            if entries[label]["failed"] == "out of memory" and not runs and group.batch > 1:
+            if entries[label]["failed"] == OUT_OF_MEMORY and not runs and group.batch > 1:
                 smaller = Group(group.kind, group.size, group.batch // 2, group.contestants, group.seconds)
                 progress(f"out of memory at batch {group.batch}")
                 break
@@ -223,7 +223,7 @@ COMPILED = ("replknet_31b", "convnext_base", "swin_base_patch4_window7_224", "un
 
 
 def groups() -> list[Group]:
-    """The groups that most is asked about."""
+    """Return the groups that most is asked about."""
     return [
         Group("training", 224, 64, BASE, 25),
         Group("inference", 224, 64, BASE, 15),
@@ -232,7 +232,7 @@ def groups() -> list[Group]:
 
 
 def more_groups() -> list[Group]:
-    """Larger images, compiled models (each with itself, uncompiled), and neighbours of the smaller ones."""
+    """Return larger images, compiled models (each with itself, uncompiled), and neighbours of the smaller ones."""
     found = [Group(kind, 512, 16, BASE[:3], 20) for kind in ("training", "inference")]
     for name in COMPILED:
         last = name.startswith("convnext")
@@ -256,7 +256,7 @@ def pretended_groups(section: str) -> list[Group]:
     return [Group("inference", 32, 2, (ours, Contestant("slak_n", method="rule", compiled=True)), 1)]
 
 
-# ------------------------------------------------------------------------------------------------- tuning and looking up
+# ------------------------------------------------------------------------------------------------ tuning and looking up
 
 
 def probe_tuning(device: torch.device) -> dict[str, Any]:
@@ -291,10 +291,11 @@ def probe_tuning(device: torch.device) -> dict[str, Any]:
 
 def measure_look_up(device: torch.device) -> dict[str, Any]:
     """Microseconds of Python for choosing a path that is known, and of whole calls with and without a look-up."""
-    repeats, rounds = (2000, 7) if device.type == "cuda" else (20, 3)
+    repeats, rounds = (2000, 7) if device.type == "cuda" else (2, 1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    input = torch.randn(2, 8, 8, 8, device=device, dtype=dtype)
-    weight = torch.randn(8, 1, 7, 7, device=device, dtype=dtype)
+    channels = 8 if device.type == "cuda" else 1
+    input = torch.randn(2, channels, 8, 8, device=device, dtype=dtype)
+    weight = torch.randn(channels, 1, 7, 7, device=device, dtype=dtype)
     with torch.no_grad():
         depthwise_conv2d(input, weight)
         chosen = explain(input, weight).forward
@@ -312,9 +313,11 @@ def measure_look_up(device: torch.device) -> dict[str, Any]:
             "choosing, by rule": functools.partial(choose, "rule"),
             f"a call, method {forced}": lambda: depthwise_conv2d(input, weight, method=forced),  # type: ignore[arg-type]
             f"a call, method auto ({chosen})": lambda: depthwise_conv2d(input, weight),
-            "a call of F.conv2d": lambda: torch.nn.functional.conv2d(input, weight, padding=3, groups=8),
+            "a call of F.conv2d": lambda: torch.nn.functional.conv2d(input, weight, padding=3, groups=channels),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
+        for run in contestants.values():
+            run()
         for _ in range(rounds):
             for name, run in contestants.items():
                 # Fewer calls of what the device must do: else they wait for each other in its queue.
@@ -337,7 +340,7 @@ def measure_look_up(device: torch.device) -> dict[str, Any]:
 
 
 def tuning_probe_line(device: torch.device) -> str:
-    """What `probe_tuning` found, as a line of JSON."""
+    """Return what `probe_tuning` found as a line of JSON."""
     try:
         return json.dumps(probe_tuning(device))
     except DeviceLost:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_operator import PYTORCH
+
 from lk_backbones._files import write_atomically
 
 KIND_NAMES = {"forward": "forward", "input_gradient": "input gradient", "weight_gradient": "weight gradient"}
@@ -16,7 +17,7 @@ DASH = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, or a dash."""
+    """Return a number with so many significant digits, or a dash."""
     if value is None or not math.isfinite(value):
         return DASH
     if value == 0:
@@ -26,36 +27,36 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def median(entry: dict[str, Any] | None) -> float | None:
-    """Milliseconds of the device, the median, if there are any."""
+    """Return milliseconds of the device, the median, if there are any."""
     return None if entry is None else entry.get("device_ms_median")
 
 
 def fastest(paths: dict[str, dict[str, Any]], wanted: Callable[[str], bool] = lambda path: True) -> tuple[str, float]:
-    """The fastest of some paths and its milliseconds; no name and infinity if there is none."""
+    """Return the fastest of some paths and its milliseconds; no name and infinity if there is none."""
     times = {path: entry["device_ms_median"] for path, entry in paths.items() if wanted(path)}
     path = min(times, key=times.__getitem__, default="")
     return path, times.get(path, math.inf)
 
 
 def pytorch(result: dict[str, Any]) -> tuple[str, float]:
-    """The fastest of PyTorch's own operator, in either format and by either library."""
+    """Return the fastest of PyTorch's own operator, in either format and by either library."""
     return fastest(result["paths"], PYTORCH.__contains__)
 
 
 def chosen_ms(result: dict[str, Any]) -> float | None:
-    """Milliseconds of the path that the operator chooses; of the operator itself if that path was not timed."""
+    """Return milliseconds of the path that the operator chooses; of the operator itself if that path was not timed."""
     return median(result["paths"].get(result.get("chosen", ""))) or median(result.get("ours"))
 
 
 def rows(content: dict[str, Any], **wanted: Any) -> Iterator[dict[str, Any]]:
-    """Measured settings whose entries have these values."""
+    """Yield measured settings whose entries have these values."""
     for row in content["operator"]:
         if all(row[key] == value for key, value in wanted.items()):
             yield row
 
 
 def results(content: dict[str, Any], **wanted: Any) -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
-    """Settings with each of their results that could be timed."""
+    """Yield settings with each of their results that could be timed."""
     for row in rows(content, **wanted):
         for kind, result in row["results"].items():
             if result["paths"]:
@@ -66,7 +67,7 @@ def results(content: dict[str, Any], **wanted: Any) -> Iterator[tuple[dict[str, 
 
 
 def targets(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was asked for, what was measured, and whether that is met; ``None`` where nothing was measured."""
+    """Say what was asked for, what was measured, and whether that is met; ``None`` where nothing was measured."""
     found: list[dict[str, Any]] = []
 
     def add(asked: str, measured: str | None, met: bool | None) -> None:
@@ -197,14 +198,14 @@ def _best_rate(group: dict[str, Any], model: str) -> float | None:
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return lines of a Markdown table."""
     head = list(head)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in body), ""]
 
 
 def target_lines(content: dict[str, Any]) -> list[str]:
-    """Table of `targets`."""
+    """Return a table of `targets`."""
     words = {True: "yes", False: "**no**", None: DASH}
     return table(
         ("asked for", "measured", "met"),
@@ -213,14 +214,14 @@ def target_lines(content: dict[str, Any]) -> list[str]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """Everything as tables."""
+    """Return everything as tables."""
     machine = content["machine"]
     lines = [f"# Benchmark on {machine['card']}", ""]
     if content["pretended"]:
         lines += ["**Pretended: tiny shapes on a CPU. No figure here tells anything about a GPU.**", ""]
     facts = ("compute_capability", "driver_version", "torch", "triton", "cuda", "cudnn", "timm", "processors")
     lines += [", ".join(f"{fact} {machine[fact]}" for fact in facts if fact in machine) + f"; {content['date']}.", ""]
-    lines += ["Reached by this card: " + _rates(content["rates"]) + ". These are the roofline below.", ""]
+    lines += ["Reached by this card: " + rates_line(content["rates"]) + ". These are the roofline below.", ""]
     lines += ["## Asked for and measured", "", *target_lines(content)]
     lines += ["## What was done", ""]
     lines += table(
@@ -233,6 +234,7 @@ def markdown(content: dict[str, Any]) -> str:
     for title, body in (
         ("Operator", _operator_lines),
         ("Cuts of Triton's products", _config_lines),
+        ("Which path was fastest, how often", _fastest_lines),
         ("Errors against float64", _error_lines),
         ("Models", _model_lines),
         ("Tuning and looking up", _tuning_lines),
@@ -242,7 +244,8 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rates(rates: dict[str, Any]) -> str:
+def rates_line(rates: dict[str, Any]) -> str:
+    """Return what the card reached in words."""
     if not rates:
         return "not measured"
     parts = []
@@ -278,7 +281,7 @@ def _operator_lines(content: dict[str, Any]) -> list[str]:
                 number(fft),
                 number((result["ours"] or {}).get("called_ms_median")),
                 number(own.get("tflops")),
-                DASH if share is None else f"{100 * share:.0f} %",
+                DASH if share is None else f"{number(100 * share, 2)} %",
             ]
         )
     head = ("group", "shape", "result", "ours", "PyTorch", "×", "fft", "called", "TFLOP/s", "roofline")
@@ -316,6 +319,20 @@ def _config_lines(content: dict[str, Any]) -> list[str]:
         head = ("path", "kernel", "registers", "spilled values", "bytes of shared memory")
         lines += table(head, ([str(part) for part in kernel] for kernel in kernels))
     return lines
+
+
+def _fastest_lines(content: dict[str, Any]) -> list[str]:
+    counts: dict[tuple[str, str, str], dict[str, int]] = {}
+    for row, kind, result in results(content):
+        if min(_kernel(row)) >= 7:
+            own = counts.setdefault((row["dtype"], row["layout"], KIND_NAMES[kind]), {})
+            path = fastest(result["paths"])[0]
+            own[path] = own.get(path, 0) + 1
+    body = []
+    for key, own in counts.items():
+        ordered = sorted(own.items(), key=lambda item: -item[1])
+        body.append([*key, ", ".join(f"{path} {count}" for path, count in ordered)])
+    return ["Of kernels of 7×7 and above.", "", *table(("type", "layout", "result", "fastest"), body)] if body else []
 
 
 def _error_lines(content: dict[str, Any]) -> list[str]:
@@ -449,18 +466,20 @@ def _plot_kernels(content: dict[str, Any]) -> Any:
         for axes, kind in zip(row_of_panels, KIND_NAMES, strict=True):
             own = [(row, result) for row, other, result in found if other == kind and row["dtype"] == dtype]
             for color, map_size in zip(COLORS, sorted({row["height"] for row, _ in own}), strict=False):
-                points = sorted(
-                    (row["kernel_width"], theirs / ours)
-                    for row, result in own
-                    if row["height"] == map_size
-                    if (theirs := median(result["paths"].get("native"))) and (ours := chosen_ms(result))
-                )
-                axes.plot(*zip(*points, strict=True), "o-", color=color, label=f"{map_size}×{map_size}", markersize=4)
+                for style, label, theirs in (
+                    ("o-", f"{map_size}×{map_size}", lambda result: median(result["paths"].get("native"))),
+                    (":", None, lambda result: pytorch(result)[1]),
+                ):
+                    points = sorted(
+                        (row["kernel_width"], other / ours)
+                        for row, result in own
+                        if row["height"] == map_size and (other := theirs(result)) and (ours := chosen_ms(result))
+                    )
+                    if points:
+                        axes.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
             axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: "")
-            axes.grid(alpha=0.3, which="both")
+            _label_ratios(axes)
+            axes.grid(alpha=0.3)
             axes.set_title(f"{KIND_NAMES[kind]}, {dtype}", fontsize=10)
             axes.set_xticks(sorted({row["kernel_width"] for row, _, _ in found}))
     for axes in panels[-1]:
@@ -469,8 +488,21 @@ def _plot_kernels(content: dict[str, Any]) -> Any:
         row_of_panels[0].set_ylabel("times faster")
     panels[0][0].legend(title="map", fontsize=8, title_fontsize=8)
     batch, channels = found[0][0]["batch"], found[0][0]["channels"]
-    figure.suptitle(_title(content, f"Faster than torch.nn.functional.conv2d, batch {batch}, {channels} channels"))
+    text = f"Times faster than F.conv2d as it is; dotted: than the best of PyTorch.\nBatch {batch}, {channels} channels"
+    figure.suptitle(_title(content, text), fontsize=11)
     return figure
+
+
+def _label_ratios(axes: Any) -> None:
+    """Logarithmic, with ticks at round numbers, at least from 0.8 to 2."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    low, high = min(low, 0.8), max(high, 2.0)
+    steps = [scale * step for scale in (0.01, 0.1, 1, 10, 100, 1000) for step in (1, 2, 5)]
+    ticks = [step for step in steps if low <= step <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(low, high)
 
 
 def _plot_roofline(content: dict[str, Any]) -> Any:
@@ -497,7 +529,7 @@ def _plot_roofline(content: dict[str, Any]) -> Any:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
     axes.set_xlabel("share of the roofline that the chosen path reaches")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -1.0 / (0.26 * len(labels) + 1.8)), ncols=3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.set_title(_title(content, "How near to what the card can do"), fontsize=10)
     return figure
 

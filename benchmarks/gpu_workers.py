@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from gpu_device import DeviceLost
-from gpu_operator import KINDS_TOGETHER, Setting, check
+from gpu_operator import KINDS_TOGETHER, Setting, check, forbid
 
 MARK = "@gpu "  # lines of a worker that are meant for us begin with it
 START_PATIENCE = 90.0  # seconds until a worker is up
@@ -81,6 +81,7 @@ class Workers:
     _idle: list[_Worker] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _unusable: bool = False
+    _closing: bool = False
 
     def is_checked(self, setting: Setting) -> bool:
         """Return whether all results of a setting were checked."""
@@ -88,6 +89,7 @@ class Workers:
 
     def check(self, settings: list[Setting], deadline: float) -> None:
         """Check settings, in this order, until all are done or the time is up; a task that has begun is finished."""
+        self._closing = False
         tasks = deque(
             Task(setting, kinds)
             for setting in settings
@@ -105,6 +107,8 @@ class Workers:
         if any(thread.is_alive() for thread in threads):  # a candidate that takes forever
             self.progress("a worker does not come to an end and is stopped")
             self.close()
+            for thread in threads:
+                thread.join(5)
 
     def _work(self, tasks: deque[Task], deadline: float) -> None:
         worker = None
@@ -149,11 +153,12 @@ class Workers:
                 message = current.receive(PATIENCE)
                 if message is None or "lost" in message:
                     current.stop()
-                    if at is None:  # it died of the setting itself
+                    if at is None or self._closing:  # it died of the setting itself, or by our hand
                         return None
                     cause = "took too long or died" if message is None else message["lost"]
                     failure = {"kind": at[0], "path": at[1], "failed": f"its process was lost: {cause}"}
                     own[at[0]][at[1]] = failure
+                    forbid(at[1])
                     self.progress(f"{task.setting.label}: {at[0]} by {at[1]} cost its process: {cause}")
                     current = self._take() if time.monotonic() < deadline else None
                     break
@@ -170,11 +175,10 @@ class Workers:
 
     def close(self) -> None:
         """End all workers that wait for work, and those that do not come to an end."""
+        self._closing = True
         with self._lock:
             self._idle.clear()
-        for worker in _Worker.started:
-            worker.stop()
-        _Worker.started.clear()
+        stop_workers()
 
 
 class _Worker:
@@ -222,3 +226,10 @@ class _Worker:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def stop_workers() -> None:
+    """End all workers of this process."""
+    for worker in _Worker.started:
+        worker.stop()
+    _Worker.started.clear()
