@@ -45,6 +45,7 @@ from typing import Any
 import gpu_models
 import gpu_operator
 import gpu_report
+import gpu_tuning
 import torch
 from gpu_device import (
     DeviceLost,
@@ -57,12 +58,12 @@ from gpu_device import (
     use_folders_of_our_own,
 )
 from gpu_operator import Setting
-from gpu_workers import Workers, serve, stop_workers
+from gpu_workers import Workers, stop_workers
 
 from lk_backbones._files import write_atomically
 
 BEGIN = time.monotonic()
-GRACE = 45.0  # seconds after the time is up until the program ends whatever it is at
+GRACE = 25.0  # seconds after the time is up until the program ends whatever it is at
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 # Section -> its share of the time, in the order of importance. What one leaves is shared by those that follow.
 SHARES = {"stages": 0.24, "tuning": 0.11, "models": 0.24, "paper": 0.17, "shapes": 0.13, "more models": 0.11}
@@ -152,13 +153,17 @@ def _finite(value: Any) -> Any:
 class Sections:
     """The sections of a run and their jobs."""
 
-    def __init__(self, run: Run, folder: Path, worker_command: list[str], wanted: list[str]) -> None:
+    def __init__(self, run: Run, folder: Path, wanted: list[str]) -> None:
         self.run = run
         self.folder = folder
-        self.worker_command = worker_command
         self.wanted = wanted or list(SHARES)
         self.watch = Stopwatch(run.device)
-        self.workers = Workers([*worker_command, "check"], self._worker_count(), run.say)
+        self.workers = Workers(self._helper("gpu_workers.py"), self._worker_count(), run.say)
+
+    def _helper(self, program: str) -> list[str]:
+        """Return the command that starts one of the programs beside this one."""
+        command = [sys.executable, str(Path(__file__).resolve().with_name(program))]
+        return [*command, *(["--pretend"] if self.run.pretended else ["--device", str(self.run.device.index)])]
 
     def _worker_count(self) -> int:
         if self.run.device.type != "cuda":
@@ -175,10 +180,10 @@ class Sections:
                 for setting in self.settings(section)
             ]
         if section == "tuning":
-            seconds = (5.0, 5.0, 5.0) if self.run.pretended else (40.0, 25.0, 20.0)
+            seconds = (5.0,) if self.run.pretended else (40.0, 25.0, 20.0)
             probes = [
                 Job(state, own, lambda state=state: self._tuning(state))  # type: ignore[misc]
-                for state, own in zip(TUNING_STATES, seconds, strict=True)
+                for state, own in zip(TUNING_STATES, seconds, strict=False)
             ]
             return [Job("looking up", 2.0, self._look_up), *probes]
         if self.run.pretended:
@@ -213,7 +218,7 @@ class Sections:
         self.run.say(f"{setting.label}: {'; '.join(parts) or 'nothing could be timed'}")
 
     def _look_up(self) -> None:
-        self.run.content["look_up"] = found = gpu_models.measure_look_up(self.run.device)
+        self.run.content["look_up"] = found = gpu_tuning.measure_look_up(self.run.device)
         self.run.say(f"a look-up adds {found['added_microseconds']:.1f} µs")
 
     def _tuning(self, state: str) -> None:
@@ -225,8 +230,9 @@ class Sections:
         choices = folder / ("choices of the first" if first else "choices of the others")
         environment = {**os.environ, "LK_BACKBONES_CACHE": str(choices), "TRITON_CACHE_DIR": str(folder / "triton")}
         limit = max(10.0, self.run.left)
-        command = [*self.worker_command, "tuning"]
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+        answer = subprocess.run(
+            self._helper("gpu_tuning.py"), env=environment, capture_output=True, text=True, timeout=limit
+        )
         lines = answer.stdout.strip().splitlines()
         if answer.returncode or not lines:
             last = (answer.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -323,7 +329,7 @@ def _watch(run: Run) -> None:
     run.content["failures"].append({"where": "the end", "what": f"still busy {GRACE:.0f} s after the time was up"})
     saving = threading.Thread(target=run.save, daemon=True)  # what hangs may hang in saving
     saving.start()
-    saving.join(20)
+    saving.join(15)
     stop_workers()
     os._exit(3)
 
@@ -345,7 +351,6 @@ def main() -> int:
         help="for developers: go through the whole program on a CPU, with kernels in Triton's interpreter and tiny "
         "shapes; names of files end in _pretended and the figures tell nothing",
     )
-    parser.add_argument("--worker", choices=("check", "tuning"), help=argparse.SUPPRESS)  # it starts itself with this
     arguments = parser.parse_args()
 
     if arguments.pretend:
@@ -363,12 +368,6 @@ def main() -> int:
     else:
         device = torch.device("cuda", arguments.device)
         torch.cuda.set_device(device)
-    if arguments.worker == "check":
-        serve(device)
-        return 0
-    if arguments.worker == "tuning":
-        print(gpu_models.tuning_probe_line(device))
-        return 0
 
     stem: Path = arguments.output or FOLDER / f"gpu_{_card_name(device)}"
     if arguments.pretend:
@@ -394,8 +393,6 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     threading.Thread(target=_watch, args=(run,), daemon=True).start()
-    command = [sys.executable, str(Path(__file__).resolve()), "--device", str(arguments.device)]
-    command += [*(["--pretend"] if arguments.pretend else []), "--worker"]
 
     status = 0
     with tempfile.TemporaryDirectory(prefix="lk_backbones_gpu_", ignore_cleanup_errors=True) as name:
@@ -404,7 +401,7 @@ def main() -> int:
         try:
             run.save()  # whether it can be written is better known before than after
             run.content["machine"] = describe_device(device)
-            sections = Sections(run, Path(name), command, arguments.only)
+            sections = Sections(run, Path(name), arguments.only)
             run.say(f"{run.content['machine']['card']}: its own rates")
             run.content["rates"] = measure_rates(sections.watch)
             run.say(gpu_report.rates_line(run.content["rates"]))

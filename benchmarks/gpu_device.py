@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import os
@@ -270,8 +271,23 @@ def describe_device(device: torch.device) -> dict[str, object]:
     return facts
 
 
+def start_helper() -> torch.device:
+    """Read the command line of a process that ``gpu.py`` starts, and make its device the current one."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--pretend", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.pretend:
+        pretend()
+        return torch.device("cpu")
+    device = torch.device("cuda", arguments.device)
+    torch.cuda.set_device(device)
+    return device
+
+
 def use_folders_of_our_own(folder: Path) -> None:
     """Keep choices and compiled kernels in a folder, so that nothing known from before counts and nothing stays."""
+    os.environ.pop("LK_BACKBONES_DEPTHWISE", None)  # a method that the user's programs insist on
     os.environ["LK_BACKBONES_CACHE"] = str(folder / "choices")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
@@ -286,10 +302,9 @@ def pretend() -> None:
     """
     from lk_backbones.ops import _cuda, _operators, _triton, _tuning
 
-    small = _triton.Config(16, 32, 32, 4, 3)
-    configs = {name: _triton.Config(16, 32, 32, 4, 3, narrow=name == "triton-narrow") for name in PRETENDED_PATHS}
+    configs = {name: _triton.Config(16, 32, 32, warps, 3) for warps, name in enumerate(PRETENDED_PATHS, start=1)}
     _triton.CONFIGS.clear()
-    _triton.CONFIGS.update({"triton": small, **configs})
+    _triton.CONFIGS.update(configs)
 
     def worth_timing(*arguments: object) -> list[str]:
         return list(configs)
@@ -325,4 +340,4 @@ def pretend() -> None:
     _operators._cached_plan.cache_clear()
 
 
-PRETENDED_PATHS = ("triton", "triton-narrow", "triton-raises", "triton-wrong")
+PRETENDED_PATHS = ("triton", "triton-raises", "triton-wrong")

@@ -1,9 +1,7 @@
-"""The models' part of ``gpu.py``: whole networks in turn, what tuning one costs, and what looking a path up costs."""
+"""The models' part of ``gpu.py``: whole networks in turn."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import statistics
 import time
@@ -14,13 +12,11 @@ from typing import Any
 
 import timm
 import torch
-from gpu_device import OUT_OF_MEMORY, DeviceLost, explain_failure, free_memory
+from gpu_device import OUT_OF_MEMORY, explain_failure, free_memory
 from torch import nn
 
 import lk_backbones
 from lk_backbones.analysis.speed import inference_run, training_run
-from lk_backbones.layers import DepthwiseConv2d
-from lk_backbones.ops import _operators, depthwise_conv2d, explain
 
 METHOD_VARIABLE = "LK_BACKBONES_DEPTHWISE"
 
@@ -254,96 +250,3 @@ def pretended_groups(section: str) -> list[Group]:
         missing = Contestant("no_such_model")
         return [Group("training", 32, 2, (ours, Contestant("convnext_atto", True), missing), 1)]
     return [Group("inference", 32, 2, (ours, Contestant("slak_n", method="rule", compiled=True)), 1)]
-
-
-# ------------------------------------------------------------------------------------------------ tuning and looking up
-
-
-def probe_tuning(device: torch.device) -> dict[str, Any]:
-    """Take two training steps of RepLKNet-31B in this process, and tell how long the tuner measured.
-
-    Whether it knows anything beforehand depends on the cache folders that the environment names.
-    """
-    spent: list[float] = []
-    measure = _operators._measure  # with the import of Triton, which is part of it
-
-    def watched(*arguments: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        choice = measure(*arguments)
-        spent.append(time.perf_counter() - begin)
-        return choice
-
-    _operators._measure = watched
-    if device.type == "cuda":
-        model = timm.create_model("replknet_31b").to(device)
-        run = training_run(model, torch.randn(64, 3, 224, 224, device=device), torch.bfloat16)
-    else:
-        run = training_run(nn.Sequential(DepthwiseConv2d(2, 2, 7, padding=3, groups=2)), torch.randn(1, 2, 8, 8))
-    steps = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        steps.append(time.perf_counter() - begin)
-    return {"tuning_seconds": sum(spent), "measured_classes": len(spent), "step_seconds": steps}
-
-
-def measure_look_up(device: torch.device) -> dict[str, Any]:
-    """Microseconds of Python for choosing a path that is known, and of whole calls with and without a look-up."""
-    repeats, rounds = (2000, 7) if device.type == "cuda" else (2, 1)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    channels = 8 if device.type == "cuda" else 1
-    input = torch.randn(2, channels, 8, 8, device=device, dtype=dtype)
-    weight = torch.randn(channels, 1, 7, 7, device=device, dtype=dtype)
-    with torch.no_grad():
-        depthwise_conv2d(input, weight)
-        chosen = explain(input, weight).forward
-        forced = chosen if chosen in ("fft", "triton", "cudnn", "aten") else "triton"
-        operands = (input, weight, None)
-
-        def choose(name: str) -> object:
-            return _operators._path("forward", never, operands, input, weight, (1, 1), name)
-
-        def never(*arguments: object) -> torch.Tensor:
-            raise AssertionError("this problem is known")
-
-        contestants: dict[str, Callable[[], object]] = {
-            "choosing, with a look-up": functools.partial(choose, "auto"),
-            "choosing, by rule": functools.partial(choose, "rule"),
-            f"a call, method {forced}": lambda: depthwise_conv2d(input, weight, method=forced),  # type: ignore[arg-type]
-            f"a call, method auto ({chosen})": lambda: depthwise_conv2d(input, weight),
-            "a call of F.conv2d": lambda: torch.nn.functional.conv2d(input, weight, padding=3, groups=channels),
-        }
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for run in contestants.values():
-            run()
-        for _ in range(rounds):
-            for name, run in contestants.items():
-                # Fewer calls of what the device must do: else they wait for each other in its queue.
-                calls = repeats if name.startswith("choosing") else min(repeats, 100)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(calls):
-                    run()
-                times[name].append((time.perf_counter() - begin) / calls * 1e6)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-    medians = {name: statistics.median(own) for name, own in times.items()}
-    return {
-        "microseconds_median": medians,
-        "microseconds_best": {name: min(own) for name, own in times.items()},
-        "look_up_microseconds": medians["choosing, with a look-up"],
-        "added_microseconds": medians["choosing, with a look-up"] - medians["choosing, by rule"],
-    }
-
-
-def tuning_probe_line(device: torch.device) -> str:
-    """Return what `probe_tuning` found as a line of JSON."""
-    try:
-        return json.dumps(probe_tuning(device))
-    except DeviceLost:
-        raise
-    except Exception as error:
-        return json.dumps({"failed": explain_failure(error)})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from depthwise import Case
+from case import Case
 from gpu_device import OUT_OF_MEMORY, DeviceLost, Stopwatch, explain_failure, free_memory
 from torch import Tensor
 

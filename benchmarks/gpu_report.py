@@ -535,14 +535,17 @@ def _plot_roofline(content: dict[str, Any]) -> Any:
 
 
 def _plot_models(content: dict[str, Any]) -> Any:
-    """Images per second, a panel per group."""
+    """Images per second, a panel per kind of run, size and batch."""
     import matplotlib.pyplot as plt
 
-    groups = [
-        (group, {label: own for label, own in group["models"].items() if "images_per_second" in own})
-        for group in content["models"]
-    ]
-    groups = [(group, entries) for group, entries in groups if entries]
+    merged: dict[tuple[str, int, int, str], dict[str, float]] = {}
+    for group in content["models"]:
+        panel = merged.setdefault((group["kind"], group["size"], group["batch"], group["dtype"]), {})
+        for label, own in group["models"].items():
+            if "images_per_second" in own:
+                panel.setdefault(label, own["images_per_second"])
+    groups = sorted((key, panel) for key, panel in merged.items() if panel)
+    groups.sort(key=lambda own: (own[0][1], own[0][0] != "training"))
     if not groups:
         return None
     columns = min(2, len(groups))
@@ -558,16 +561,15 @@ def _plot_models(content: dict[str, Any]) -> Any:
     )
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
-    for axes, (group, entries) in zip(panels.flat, groups, strict=False):
-        rates = [own["images_per_second"] for own in entries.values()]
+    for axes, ((kind, size, batch, dtype), entries) in zip(panels.flat, groups, strict=False):
+        rates = list(entries.values())
         ours = [label.startswith(("replknet", "unireplknet", "slak", "pelk")) for label in entries]
         bars = axes.barh(range(len(rates)), rates, color=[COLORS[1] if own else COLORS[0] for own in ours])
         axes.bar_label(bars, [number(rate) for rate in rates], padding=3, fontsize=8)
         axes.set_yticks(range(len(rates)), entries, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        title = f"{group['kind']}, {group['size']} px, batch {group['batch']}, {group['dtype']}"
-        axes.set_title(title, fontsize=9)
+        axes.set_title(f"{kind}, {size} px, batch {batch}, {dtype}", fontsize=9)
         axes.set_xlabel("images/s", fontsize=8)
     figure.suptitle(_title(content, "Images per second"), fontsize=11)
     return figure

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu_device import DeviceLost
+from gpu_device import DeviceLost, start_helper
 from gpu_operator import KINDS_TOGETHER, Setting, check, forbid
 
 MARK = "@gpu "  # lines of a worker that are meant for us begin with it
@@ -233,3 +233,7 @@ def stop_workers() -> None:
     for worker in _Worker.started:
         worker.stop()
     _Worker.started.clear()
+
+
+if __name__ == "__main__":
+    serve(start_helper())
