@@ -18,43 +18,18 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from case import Case
 from torch import Tensor
 
 from lk_backbones.analysis.timing import describe_machine, interleave, peak_memory, save
 from lk_backbones.ops import depthwise_conv2d, explain
-from lk_backbones.ops._shapes import crop_kernel, taps_inside
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: input ``(batch, channels, height, width)`` and kernel ``(kernel_height, kernel_width)``."""
-
-    group: str
-    batch: int
-    channels: int
-    height: int
-    width: int
-    kernel_height: int
-    kernel_width: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.batch}×{self.channels}×{self.height}×{self.width} k{self.kernel_height}×{self.kernel_width}"
-
-    @property
-    def flops(self) -> int:
-        """Useful floating point operations of the forward."""
-        sizes = (self.height, self.width)
-        kernel = crop_kernel((self.kernel_height, self.kernel_width), sizes)
-        taps = math.prod(taps_inside(size, side) for size, side in zip(sizes, kernel, strict=True))
-        return 2 * self.batch * self.channels * taps
 
 
 def _square(group: str, *rows: tuple[int, int, int, int]) -> list[Case]:
