@@ -300,7 +300,7 @@ def pretend() -> None:
     clock is made up and lets it always choose ``"triton"``.
     ``TRITON_INTERPRET=1`` must have been set before Triton was imported.
     """
-    from lk_backbones.ops import _cuda, _operators, _triton, _tuning
+    from lk_backbones.ops import _cuda, _paths, _triton, _tuning
 
     configs = {name: _triton.Config(16, 32, 32, warps, 3) for warps, name in enumerate(PRETENDED_PATHS, start=1)}
     _triton.CONFIGS.clear()
@@ -324,7 +324,7 @@ def pretend() -> None:
         (_triton, "worth_timing", worth_timing),
         (_triton, "convolve", spoiled(convolve)),
         (_triton, "weight_gradient", spoiled(weight_gradient)),
-        (_operators, "device_type", lambda tensor: "cuda"),
+        (_paths, "device_type", lambda tensor: "cuda"),
         (_cuda, "capability", lambda device: (9, 0)),
         (_cuda, "device_name", lambda device: "pretended card (9.0)"),
         (_cuda, "_products", lambda input: "ieee"),  # the interpreter knows no others
@@ -337,7 +337,7 @@ def pretend() -> None:
         return 1.0 if run.args[0] == "triton" else 2.0  # type: ignore[attr-defined]
 
     _cuda.tuner = _tuning.Tuner(_cuda.device_name, made_up_time)
-    _operators._cached_plan.cache_clear()
+    _paths._cached_plan.cache_clear()
 
 
 PRETENDED_PATHS = ("triton", "triton-raises", "triton-wrong")

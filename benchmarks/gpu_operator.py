@@ -15,7 +15,7 @@ from case import Case
 from gpu_device import OUT_OF_MEMORY, DeviceLost, Stopwatch, explain_failure, free_memory
 from torch import Tensor
 
-from lk_backbones.ops import _cuda, _operators, depthwise_conv2d, explain
+from lk_backbones.ops import _cuda, _operators, _paths, depthwise_conv2d, explain
 from lk_backbones.ops._tuning import KINDS, TOLERANCES, Kind, disagreement
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
@@ -87,7 +87,7 @@ class Setting:
 
 def candidates(kind: Kind, setting: Setting) -> list[str]:
     """Every path that can compute a setting: those that the tuner tries and all other cuts of Triton's products."""
-    shape, kernel_size = _operators._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
+    shape, kernel_size = _paths._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
     dtype = DTYPES[setting.dtype]
     paths = _cuda.candidates(kind, shape, kernel_size, dtype, setting.channels_last, 0)
     kernels = _cuda._kernels()
@@ -236,7 +236,7 @@ def toeplitz_flops(setting: Setting, kind: Kind) -> float:
     kernels = _cuda._kernels()
     if kernels is None:
         return math.nan
-    shape, (height, width) = _operators._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
+    shape, (height, width) = _paths._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
     itemsize, clipped = DTYPES[setting.dtype].itemsize, kind != "weight_gradient"
     products = min(
         kernels.choose_tiling(*sizes, kernel, config, itemsize, clipped).products

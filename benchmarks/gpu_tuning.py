@@ -21,7 +21,7 @@ from torch import nn
 
 import lk_backbones  # noqa: F401, registers its encoders
 from lk_backbones.layers import DepthwiseConv2d
-from lk_backbones.ops import _operators, depthwise_conv2d, explain
+from lk_backbones.ops import _paths, depthwise_conv2d, explain
 
 
 def probe_tuning(device: torch.device) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def probe_tuning(device: torch.device) -> dict[str, Any]:
     Whether it knows anything beforehand depends on the cache folders that the environment names.
     """
     spent: list[float] = []
-    measure = _operators._measure  # with the import of Triton, which is part of it
+    measure = _paths._measure  # with the import of Triton, which is part of it
 
     def watched(*arguments: Any) -> Any:
         if device.type == "cuda":
@@ -40,7 +40,7 @@ def probe_tuning(device: torch.device) -> dict[str, Any]:
         spent.append(time.perf_counter() - begin)
         return choice
 
-    _operators._measure = watched
+    _paths._measure = watched
     if device.type == "cuda":
         model: nn.Module = timm.create_model("replknet_31b").to(device)
         images = torch.randn(64, 3, 224, 224, device=device)
@@ -72,7 +72,7 @@ def measure_look_up(device: torch.device) -> dict[str, Any]:
         operands = (input, weight, None)
 
         def choose(name: str) -> object:
-            return _operators._path("forward", never, operands, input, weight, (1, 1), name)
+            return _paths.choose_path("forward", never, operands, input, weight, (1, 1), name)
 
         def never(*arguments: object) -> torch.Tensor:
             raise AssertionError("this problem is known")
