@@ -13,7 +13,7 @@ from torch import nn
 
 from lk_backbones.analysis.speed import inference_run, training_run
 from lk_backbones.layers import reparameterize
-from lk_backbones.ops import Choice, is_measured, measured_choices, recorded_choices
+from lk_backbones.ops import Choice, is_measured, measure_again, measured_choices, recorded_choices
 
 __all__ = ["Tuned", "tune"]
 
@@ -46,6 +46,7 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     memory_format: torch.memory_format = torch.contiguous_format,
     training: bool = True,
+    again: bool = False,
 ) -> Tuned:
     """Run a model so that every depthwise convolution in it is measured, and remembered for other processes.
 
@@ -58,6 +59,7 @@ def tune(
         dtype: Training runs under autocast if it is a lower precision; inference casts the weights.
         memory_format: Of the images and the weights.
         training: Whether gradients are measured too.
+        again: Whether what is known is measured once more.
 
     Raises:
         ValueError: If nothing is measured on the device, or the environment variable forbids it.
@@ -67,11 +69,15 @@ def tune(
     images = torch.randn(batch_size, channels, *size).to(device, memory_format=memory_format)
     if not is_measured(images):
         setting = os.environ.get("LK_BACKBONES_DEPTHWISE") or "auto"
+        deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+        asked = " and deterministic algorithms asked for" if deterministic else ""
         raise ValueError(
-            f"nothing would be measured on {device} with LK_BACKBONES_DEPTHWISE={setting}: that is for CUDA devices "
-            "and auto; elsewhere a rule decides"
+            f"nothing would be measured on {device} with LK_BACKBONES_DEPTHWISE={setting}{asked}: that is for CUDA "
+            "devices and auto; elsewhere a rule decides"
         )
-    start, before = time.perf_counter(), measured_choices()
+    start, before = time.perf_counter(), {} if again else measured_choices()
+    if again:
+        measure_again()
     lower = dtype if dtype != torch.float32 else None
     with recorded_choices() as choices:
         if training:

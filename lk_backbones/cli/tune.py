@@ -33,7 +33,7 @@ def run(args: Sequence[str]) -> None:
         "ahead of the training that would do it in its first steps. What is measured is kept in the user's cache "
         "folder, or in that which LK_BACKBONES_CACHE names, for every process.",
         epilog="MODEL is named as for `lk-backbones benchmark`. Give the size, batch and precision that you train "
-        "with: what differs by less than a tenth in size or a third in batch counts as the same.",
+        "with: sizes are told apart in steps of a fifth, batches in steps of two.",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--show", action="store_true", help="print what was measured so far, on any device")
@@ -43,6 +43,7 @@ def run(args: Sequence[str]) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="training: of autocast"
     )
     parser.add_argument("--memory-format", choices=tuple(_MEMORY_FORMATS), default="contiguous")
+    parser.add_argument("--again", action="store_true", help="measure what is known once more")
     parser.add_argument("--no-training", action="store_true", help="measure inference only")
     parser.add_argument("--device", help="cuda, cuda:1 (default: cuda)")
     arguments = parser.parse_args(args)
@@ -84,6 +85,7 @@ def _tune(arguments: argparse.Namespace) -> None:
                 dtype=getattr(torch, arguments.dtype),
                 memory_format=getattr(torch, _MEMORY_FORMATS[arguments.memory_format]),
                 training=not arguments.no_training,
+                again=arguments.again,
             )
         except torch.OutOfMemoryError as error:
             size = "x".join(map(str, arguments.input_size))

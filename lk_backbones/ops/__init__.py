@@ -2,7 +2,14 @@
 
 from lk_backbones.ops.bands import bands_conv2d, pack_bands
 from lk_backbones.ops.depthwise import depthwise_conv2d, depthwise_conv2d_and_more, explain, has_fused_depthwise
-from lk_backbones.ops.measured import Choice, choices_file, is_measured, measured_choices, recorded_choices
+from lk_backbones.ops.measured import (
+    Choice,
+    choices_file,
+    is_measured,
+    measure_again,
+    measured_choices,
+    recorded_choices,
+)
 from lk_backbones.ops.memory_format import to_preferred_memory_format
 from lk_backbones.ops.packed import (
     direct_conv2d,
@@ -24,6 +31,7 @@ __all__ = [
     "explain",
     "has_fused_depthwise",
     "is_measured",
+    "measure_again",
     "measured_choices",
     "pack_bands",
     "pack_direct",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -29,8 +30,6 @@ LIBRARIES = {"cudnn": "cudnn", "aten": "native"}
 FORMATS = {"native-contiguous": torch.contiguous_format, "native-channels_last": torch.channels_last}
 # These compute on maps and kernels as `_operators` prepares them; the others are PyTorch's operator.
 TRITON = "triton"
-# Forward and gradients of these are less work together than apart.
-JOINT = ("fft", "native")
 
 
 @functools.cache
@@ -126,7 +125,7 @@ def can_compute(
             return False
         return bool(kernels.is_supported(shape, kernel_size, dtype, kernels.CONFIGS[path]))
     if path in LIBRARIES:
-        return hasattr(torch.backends.cudnn, "depthwise_kernel")
+        return hasattr(torch.backends.cudnn, "depthwise_kernel") and not torch.backends.flags_frozen()
     return path in ("fft", "native", *FORMATS)
 
 
@@ -169,7 +168,8 @@ def _config(path: str, input: Tensor) -> tuple[ModuleType, object]:
     kernels = _kernels()
     if kernels is None or path not in kernels.CONFIGS:
         raise ValueError(f"no path {path!r} on {input.device}")
-    return kernels, kernels.CONFIGS[path]
+    # Three products for one want more shared memory than the larger tiles leave on smaller cards.
+    return kernels, kernels.CONFIGS["triton-small" if _products(input) == "tf32x3" else path]
 
 
 def _products(input: Tensor) -> str:
@@ -179,14 +179,18 @@ def _products(input: Tensor) -> str:
     return "tf32" if precision(input.dtype) == "tf32" else "tf32x3"
 
 
+_flag_lock = threading.RLock()  # backward threads of several devices would restore each other's setting
+
+
 @contextmanager
 def _library(name: str) -> Iterator[None]:
-    before = torch.backends.cudnn.depthwise_kernel
-    torch.backends.cudnn.depthwise_kernel = name
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.depthwise_kernel = before
+    with _flag_lock:
+        before = torch.backends.cudnn.depthwise_kernel
+        torch.backends.cudnn.depthwise_kernel = name
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.depthwise_kernel = before
 
 
 def told(path: str) -> AbstractContextManager[None]:
@@ -203,6 +207,7 @@ def must_follow_rule() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.are_deterministic_algorithms_enabled()
+        or torch.backends.cudnn.deterministic
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
@@ -226,4 +231,15 @@ def _milliseconds(run: Callable[[], object], calls: int) -> float:
     return float(start.elapsed_time(end)) / calls
 
 
-tuner = Tuner(device_name, _milliseconds)
+@functools.cache
+def _releases(benchmark: bool) -> str:
+    kernels = _kernels()
+    parts = [f"torch {torch.__version__}"]
+    if kernels is not None:
+        parts.append(f"triton {kernels.triton.__version__} with kernels {kernels.VERSION}")
+    if torch.backends.cudnn.is_available():
+        parts.append(f"cudnn {torch.backends.cudnn.version()}{', benchmarked' if benchmark else ''}")
+    return ", ".join(parts)
+
+
+tuner = Tuner(device_name, _milliseconds, releases=lambda: _releases(torch.backends.cudnn.benchmark))

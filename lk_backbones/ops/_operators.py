@@ -121,10 +121,16 @@ def _convolve_and_more(
         path = _paths.choose_path("forward", compute, operands, input, weight, dilation, method)
         # In channels_last the addend would have to be copied into the order that the kernels compute in.
         within = addend if not is_channels_last(input) else None
-        if _cuda.is_triton(path) and dilation == (1, 1) and not (relu and addend is not within):
+        if dilation == (1, 1) and not (relu and addend is not within):
             kernel = crop(weight, _map_size(input))
-            output = in_format(_cuda.convolve(input, kernel, bias, path, within, relu), memory_format(input))
-            return output if addend is None or addend is within else output.add_(addend)
+
+            def fused(path: str) -> Tensor:
+                return _cuda.convolve(input, kernel, bias, path, within, relu)
+
+            _paths.make_fused_ready(input, weight, method, path, fused, f" {relu} {within is not None}")
+            if _cuda.is_triton(path):
+                output = in_format(fused(path), memory_format(input))
+                return output if addend is None or addend is within else output.add_(addend)
         output = _convolve_by(path, operands, dilation)
     else:
         path = _paths.plan_for(input, weight, dilation, method, device).forward

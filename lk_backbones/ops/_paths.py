@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -133,8 +134,15 @@ def measured_plan(
 ) -> Plan:
     """Choose the paths as `plan_for`, or as was measured on the device at hand where that counts."""
     plan = plan_for(input, weight, dilation, method, device, packed)
-    if device != "cuda" or not _measuring_counts(resolve_method(method)) or _is_trivial(input, weight, dilation):
+    if device != "cuda" or _is_trivial(input, weight, dilation):
         return plan
+    if not _measuring_counts(resolve_method(method)):
+        problems = (_problem(kind, input, weight, dilation) for kind in KINDS)
+        known = ((problem, _cuda.tuner.known.get(problem)) for problem in problems)
+        planned: dict[str, Any] = {
+            problem.kind: _planned_path(problem, choice, input, weight, dilation, method) for problem, choice in known
+        }
+        return replace(plan, **planned)
     choices = {}
     for kind in KINDS:
         problem = _problem(kind, input, weight, dilation)
@@ -186,23 +194,69 @@ def choose_path(
         method: As `depthwise_conv2d`.
     """
 
-    def planned_path() -> str:
-        path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), kind)
-        return path
-
     mode = resolve_method(method)
+    problem = _problem(kind, input, weight, dilation)
+    choice = _cuda.tuner.known.get(problem)
     if _measuring_counts(mode):
-        problem = _problem(kind, input, weight, dilation)
-        choice = _cuda.tuner.known.get(problem)
         if choice is None and not _is_trivial(input, weight, dilation):
             choice = _cuda.tuner.look_up(problem, _can_compute(problem))
             if choice is None and mode == "auto":
                 choice = _measure(problem, compute, operands)
-            if choice is not None and _cuda.is_triton(planned := planned_path()) and planned != choice.path:
-                compute(planned, operands)  # so that it is compiled and loaded when a graph is captured
+            if choice is not None:
+                planned = _planned_path(problem, choice, input, weight, dilation, method)
+                make_ready(problem, planned, choice.path, lambda: compute(planned, operands))
         if choice is not None:
             return choice.path
-    return planned_path()
+    return _planned_path(problem, choice, input, weight, dilation, method)
+
+
+def _planned_path(
+    problem: Problem, choice: Choice | None, input: Tensor, weight: Tensor, dilation: tuple[int, int], method: str
+) -> str:
+    """Return the path by rule, unless it is known to be wrong or impossible on this device."""
+    path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), problem.kind)
+    return "native" if choice is not None and path in choice.rejected else path
+
+
+def make_ready(problem: Problem, planned: str, chosen: str, run: Callable[[], object], variant: str = "") -> None:
+    """Run the path by rule once for each class of problems, as a captured graph takes it and may not load anything.
+
+    Args:
+        problem: What is computed.
+        planned: The path by rule.
+        chosen: The one that is taken, which is ready.
+        run: Computes by the path by rule.
+        variant: Tells apart what is computed along.
+    """
+    if planned == chosen or not _cuda.tuner.is_first(problem, planned + variant):
+        return
+    with suppress(Exception):  # nobody asked for it yet
+        run()
+
+
+def make_fused_ready(
+    input: Tensor, weight: Tensor, method: str, chosen: str, fused: Callable[[str], object], variant: str
+) -> None:
+    """`make_ready` for a convolution and what is computed along with it, which Triton compiles apart.
+
+    Args:
+        input: ``(N, C, H, W)``.
+        weight: ``(C, 1, kH, kW)``.
+        method: As `depthwise_conv2d`.
+        chosen: The path that is taken.
+        fused: Computes by a path.
+        variant: Tells apart what is computed along.
+    """
+    problem = _problem("forward", input, weight, (1, 1))
+    choice = _cuda.tuner.known.get(problem)
+    if choice is not None and _measuring_counts(resolve_method(method)) and (problem, variant) not in _fused_ready:
+        _fused_ready.add((problem, variant))
+        planned = _planned_path(problem, choice, input, weight, (1, 1), method)
+        if _cuda.is_triton(planned):
+            make_ready(problem, planned, chosen, lambda: fused(planned), variant)
+
+
+_fused_ready: set[tuple[Problem, str]] = set()
 
 
 def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], operands: Operands) -> Choice | None:
@@ -222,5 +276,9 @@ def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], opera
         )
 
     problem_device = next(operand.device for operand in operands if operand is not None)
-    with torch.no_grad():
-        return _cuda.tuner.measure(problem, candidates(operands), ("native", "fft"), made_up)
+    on_device = torch.cuda.device(problem_device) if problem_device.type == "cuda" else nullcontext()
+    try:
+        with torch.no_grad(), on_device:  # whose stream the clock is on
+            return _cuda.tuner.measure(problem, candidates(operands), ("native", "fft"), made_up)
+    except torch.OutOfMemoryError:
+        return None  # what is taken by rule may need less

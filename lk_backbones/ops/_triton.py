@@ -23,6 +23,7 @@ alone as M and a gather per Toeplitz entry.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from torch import Tensor
 
 __all__ = ["CONFIGS", "Config", "convolve", "is_supported", "weight_gradient", "worth_timing"]
 
+VERSION = 1  # of the kernels: what was measured of another one counts for nothing
 SCRATCH_BYTES = 128 * 2**20  # bounds the gradients of the Toeplitz blocks that wait for their sum
 LARGEST_OFFSET = 2**31 - 1  # offsets within one program's maps are 32 bits wide
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -201,7 +203,19 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-@triton.jit
+# What differs between batches and maps of one class: Triton would compile anew where one is 1 or a multiple of 16.
+VARYING = [
+    *("batch", "channel_blocks", "image_blocks", "column_tiles", "half_height", "half_width", "left"),
+    *("splits", "row_blocks", "channel_first", "kernel_height", "kernel_width", "above"),
+]
+
+
+def _jit(kernel: Any) -> Any:
+    names = inspect.signature(kernel).parameters
+    return triton.jit(kernel, do_not_specialize=[name for name in VARYING if name in names])
+
+
+@_jit
 def _copy_kernel(
     weight,
     copies,
@@ -233,7 +247,7 @@ def _copy_kernel(
     tl.store(copies + channel * SIZE + index, value, mask=index < SIZE)
 
 
-@triton.jit
+@_jit
 def _convolve_kernel(
     input,
     copies,
@@ -364,7 +378,7 @@ def _convolve_kernel(
     tl.store(output + output_start + output_offset, total.to(output.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@_jit
 def _toeplitz_gradient_kernel(
     input,
     grad_output,
@@ -435,7 +449,7 @@ def _toeplitz_gradient_kernel(
         image_first = (index % image_blocks) * IMAGES
         column_first = (index // image_blocks % column_tiles) * COLUMNS
         row_first = (index // per_row_block) * block_rows
-        base = channel_long + image_first.to(tl.int64) * (image_stride * UNIT) + row_first * pitch + column_first
+        base = channel_long + image_first.to(tl.int64) * image_stride * UNIT + row_first * pitch + column_first
         present = image[:, None] < batch - image_first
         inside = present & (input_row + (row_first + first) >= 0) & (input_row + (row_first + first) < height)
         window_first = column_first + across
@@ -453,7 +467,7 @@ def _toeplitz_gradient_kernel(
     tl.store(target + (k[:, None] * N + n[None, :]), total)
 
 
-@triton.jit
+@_jit
 def _sum_kernel(
     scratch,
     grad_weight,

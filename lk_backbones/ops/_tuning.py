@@ -37,6 +37,7 @@ FORMAT = 1  # of the file; one of another format is begun anew
 LARGEST_FILE = 16 * 2**20  # bytes: tens of thousands of classes; what is larger was not written here
 PATIENCE = 5.0  # seconds to wait for the file's lock, whose holders need milliseconds
 SAMPLES = 5  # timed runs, of which the median counts
+CHUNK = 2**24  # values that are compared at once, in float32
 SLOW = 3.0  # a candidate that takes this many times as long as the best so far is timed once
 ATTEMPTS = 3  # on numbers that cannot be compared, before made-up ones take their place
 
@@ -129,6 +130,7 @@ class Tuner:
         device_name: Tells the device of an index, with its compute capability.
         timer: Tells how many milliseconds a call takes, on average over a number of calls in a row.
         file: Where choices are kept; `cache_file` if ``None``.
+        releases: Tells the libraries' releases that times depend on.
 
     Attributes:
         known: The problems that came up, for calls that cannot wait for `look_up`.
@@ -139,8 +141,10 @@ class Tuner:
         device_name: Callable[[int], str],
         timer: Callable[[Callable[[], object], int], float],
         file: Path | None = None,
+        releases: Callable[[], str] = lambda: f"torch {torch.__version__}",
     ) -> None:
         self._device_name = device_name
+        self._releases = releases
         self._timer = timer
         self._file = file
         self.known: dict[Problem, Choice] = {}
@@ -148,8 +152,10 @@ class Tuner:
         self._unsaved: dict[str, Choice] = {}
         self._state: tuple[int, int] | None = None  # time and size of the file as it was read
         self._undecided: dict[Problem, int] = {}
+        self._outdated: set[str] = set()  # classes that are to be measured again
+        self._ready: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
-        self._warned = False
+        self._warned = self._told_failure = False
 
     @property
     def file(self) -> Path:
@@ -174,7 +180,7 @@ class Tuner:
             if key not in self._choices:
                 self._read()
             choice = self._choices.get(key)
-            if choice is None:
+            if choice is None or key in self._outdated:
                 return None
             paths = [choice.path, *sorted(choice.milliseconds, key=choice.milliseconds.__getitem__)]
             path = next(filter(can_compute, paths), None)
@@ -188,7 +194,7 @@ class Tuner:
         return "; ".join(
             (
                 self._device_name(problem.device),
-                f"torch {torch.__version__}",
+                self._releases(),
                 *(f"{name} {value}" for name, value in problem.describe().items()),
             )
         )
@@ -203,12 +209,29 @@ class Tuner:
     def recorded(self) -> Iterator[dict[Problem, Choice]]:
         """Collect the problems that come up within a block, and what was chosen for them; complete after it."""
         problems: dict[Problem, Choice] = {}
-        before, self.known = self.known, {}
+        with self._lock:
+            before, self.known = self.known, {}
         try:
             yield problems
         finally:
-            problems.update(self.known)
-            self.known = {**before, **problems}
+            with self._lock:
+                problems.update(self.known)
+                self.known = {**before, **problems}
+
+    def measure_again(self) -> None:
+        """Let everything that is known be measured once more when it comes up."""
+        with self._lock:
+            self._read()
+            self._outdated = set(self._choices)
+            self.known = {}
+
+    def is_first(self, problem: Problem, path: str) -> bool:
+        """Return whether a path was not yet asked about for problems of this class, in this process."""
+        pair = self.key(problem), path
+        with self._lock:
+            first = pair not in self._ready
+            self._ready.add(pair)
+        return first
 
     def measure(
         self,
@@ -235,7 +258,7 @@ class Tuner:
             Exception: What the last of the references raises if none can compute it, such as `torch.OutOfMemoryError`.
         """
         with self._lock:
-            if (known := self.known.get(problem)) is not None:  # another thread was faster
+            if (known := self.look_up(problem, candidates.__contains__)) is not None:  # another thread was faster
                 return known
             reference, expected = _first_result(candidates, references)
             if not _tells_something(expected):
@@ -249,6 +272,7 @@ class Tuner:
             choice, may_be_kept = self._compare(problem, candidates, reference, expected)
             self.known[problem] = choice
             key = self.key(problem)
+            self._outdated.discard(key)
             self._choices[key] = choice
             if may_be_kept:
                 self._unsaved[key] = choice
@@ -259,33 +283,49 @@ class Tuner:
         self, problem: Problem, candidates: Mapping[str, Callable[[], Tensor]], reference: str, expected: Tensor
     ) -> tuple[Choice, bool]:
         """Return the choice, and whether it holds beyond this process."""
-        times: dict[str, float] = {}
         rejected: dict[str, str] = {}
-        may_be_kept, allowed = True, TOLERANCES[problem.dtype, problem.precision]
-        for path, run in candidates.items():
+        may_be_kept, agreeing = True, {}
+        for path, run in candidates.items():  # all of them first: compiling lets the device rest and cool
             try:
-                error = disagreement(run(), expected)  # the first call compiles and plans
-                if not error <= allowed:
-                    rejected[path] = f"wrong numbers: relative error {error:.1e}, at most {allowed:.0e} allowed"
-                    _log.warning("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
-                    continue
-                times[path] = self._time(run, min(times.values(), default=math.inf))
-            except torch.OutOfMemoryError:
-                rejected[path], may_be_kept = "out of memory", False  # there may be more the next time
+                wrong = disagreement(run(), expected, TOLERANCES[problem.dtype, problem.precision])
             except Exception as failure:  # whatever a library throws, others can compute it
-                message = str(failure).strip().splitlines()
-                rejected[path] = f"{type(failure).__name__}: {message[0] if message else ''}"[:200]
-                _log.info("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
+                if isinstance(failure, getattr(torch, "AcceleratorError", ())):
+                    raise  # the device is lost to this process, whatever is chosen
+                rejected[path] = _in_a_line(failure)
+                # There may be more memory the next time, a compiler, room on the disk.
+                may_be_kept = may_be_kept and type(failure).__name__ in ("OutOfResources", "NotImplementedError")
+                self._tell_failure(path, self.key(problem), rejected[path])
+                continue
+            if wrong:
+                rejected[path] = f"wrong numbers: {wrong}"
+                _log.warning("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
+            else:
+                agreeing[path] = run
+        times = self._time(agreeing)
         path = min(times, key=times.__getitem__) if times else reference
-        return Choice(path, times, rejected), may_be_kept
+        return Choice(path, times, rejected), may_be_kept and bool(times)
 
-    def _time(self, run: Callable[[], Tensor], best: float) -> float:
-        """Median of a few samples, in milliseconds; of short calls many in a row, as a queue of work runs them."""
-        first = self._timer(run, 1)
-        if first > SLOW * best and first > 0.2:  # a shorter one may be mostly the way to the device
-            return first
-        calls = max(1, min(20, round(1 / max(first, 1e-3))))
-        return statistics.median(self._timer(run, calls) for _ in range(SAMPLES))
+    def _time(self, candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+        """Milliseconds of each: the median of a few samples, taken in turn, so that what else goes on hits all alike.
+
+        Short calls are timed many in a row, as a queue of work runs them.
+        """
+        first = {path: self._timer(run, 1) for path, run in candidates.items()}
+        best = min(first.values(), default=0.0)
+        # What seems far slower is left at that; a short time may be mostly the way to the device.
+        close = [path for path, time in first.items() if time <= max(SLOW * best, 0.2)]
+        calls = {path: max(1, min(20, round(1 / max(first[path], 1e-3)))) for path in close}
+        samples: dict[str, list[float]] = {path: [] for path in close}
+        for _ in range(SAMPLES):
+            for path in close:
+                samples[path].append(self._timer(candidates[path], calls[path]))
+        return {**first, **{path: statistics.median(times) for path, times in samples.items()}}
+
+    def _tell_failure(self, path: str, key: str, reason: str) -> None:
+        """Say that a path failed: once per process so that it is seen, as a broken installation would just be slow."""
+        level = logging.INFO if self._told_failure else logging.WARNING
+        self._told_failure = True
+        _log.log(level, "path %s is not used for %s: %s", path, key, reason)
 
     def _read(self) -> None:
         """Take over what is in the file, if it has changed."""
@@ -299,8 +339,8 @@ class Tuner:
             found = _parse(self.file.read_bytes())
         except FileNotFoundError:
             return
-        except (OSError, ValueError, RecursionError) as error:
-            self._warn(f"{self.file} cannot be read and is begun anew: {error}")
+        except Exception as error:  # whatever is wrong with it, convolutions must go on
+            self._warn(f"what was measured earlier cannot be read and is begun anew: {_in_a_line(error)}")
             return
         self._state = state
         self._choices = {**found, **self._unsaved}
@@ -317,8 +357,8 @@ class Tuner:
             self._unsaved.clear()
         except Timeout:
             _log.info("%s is being written by others; the next choice is saved with this one", self.file)
-        except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
-            self._warn(f"choices last as long as this process: {self.file} cannot be written: {error}")
+        except Exception as error:  # a folder that is read-only or not to be found, a file system without locks
+            self._warn(f"what is measured lasts as long as this process, as it cannot be written: {_in_a_line(error)}")
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -336,12 +376,48 @@ TOLERANCES = {
 }
 
 
-def disagreement(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2 error, in float32 or better; infinite if the shapes differ or a number is not finite."""
+def disagreement(actual: Tensor, expected: Tensor, tolerance: float) -> str:
+    """Return in what a result is not the expected one, in words; nothing if it agrees.
+
+    The relative L2 error must be within the tolerance, that of each map within eight times as much (a map that is
+    missing), and the largest error within four times as much of the largest value (a pixel that is missing): errors of
+    tiles, edges and images would vanish in a sum over everything.
+
+    Args:
+        actual: Of any shape.
+        expected: What it is compared with.
+        tolerance: See `TOLERANCES`.
+    """
     if actual.shape != expected.shape:
-        return math.inf
-    error = _norm(actual.to(torch.promote_types(actual.dtype, torch.float32)) - expected) / _norm(expected)
-    return error if math.isfinite(error) else math.inf
+        return f"shape {tuple(actual.shape)} rather than {tuple(expected.shape)}"
+    maps, largest_error, largest_value = [], 0.0, 0.0
+    step = max(1, CHUNK // max(1, expected[0].numel())) if expected.dim() else 1
+    for mine, theirs in zip(_chunks(actual, step), _chunks(expected, step), strict=True):
+        dtype = torch.promote_types(theirs.dtype, torch.float32)
+        rows = math.prod(theirs.shape[:-2])
+        error, value = (mine.to(dtype) - theirs).reshape(rows, -1), theirs.to(dtype).reshape(rows, -1)
+        maps.append(torch.stack([torch.linalg.vector_norm(error, dim=1), torch.linalg.vector_norm(value, dim=1)]))
+        largest_error = max(largest_error, float(error.abs().max()) if bool(torch.isfinite(error).all()) else math.inf)
+        largest_value = max(largest_value, float(value.abs().max()))
+    norms = torch.cat(maps, 1).double()
+    whole = torch.linalg.vector_norm(norms, dim=1)
+    relative = float(whole[0] / whole[1])
+    if not relative <= tolerance:
+        return f"relative error {relative:.1e}, at most {tolerance:.0e} allowed"
+    # A map that is nearly empty beside the others is judged by what they are like.
+    typical = whole[1] / math.sqrt(norms.shape[1])
+    of_map = float((norms[0] / (norms[1] + 0.01 * typical)).max())
+    if not of_map <= 8 * tolerance:
+        return f"relative error {of_map:.1e} of one map, at most {8 * tolerance:.0e} allowed"
+    if not largest_error <= 4 * tolerance * largest_value:
+        return (
+            f"a value is off by {largest_error / largest_value:.1e} of the largest, at most {4 * tolerance:.0e} allowed"
+        )
+    return ""
+
+
+def _chunks(values: Tensor, step: int) -> tuple[Tensor, ...]:
+    return values.split(step) if values.dim() else (values,)
 
 
 def _first_result(candidates: Mapping[str, Callable[[], Tensor]], references: Sequence[str]) -> tuple[str, Tensor]:
@@ -358,6 +434,11 @@ def _first_result(candidates: Mapping[str, Callable[[], Tensor]], references: Se
 def _tells_something(expected: Tensor) -> bool:
     norm = _norm(expected)
     return math.isfinite(norm) and norm > 0
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def _norm(values: Tensor) -> float:

@@ -12,7 +12,7 @@ from lk_backbones.ops import _cuda, _paths
 from lk_backbones.ops._plan import resolve_method
 from lk_backbones.ops._tuning import Choice
 
-__all__ = ["Choice", "choices_file", "is_measured", "measured_choices", "recorded_choices"]
+__all__ = ["Choice", "choices_file", "is_measured", "measure_again", "measured_choices", "recorded_choices"]
 
 
 def measured_choices() -> dict[str, Choice]:
@@ -37,6 +37,11 @@ def is_measured(input: Tensor) -> bool:
     """
     on_cuda = _paths.device_type(input) == "cuda"
     return on_cuda and resolve_method("auto") == "auto" and not _cuda.must_follow_rule()
+
+
+def measure_again() -> None:
+    """Let everything that is known be measured once more when it comes up in this process."""
+    _cuda.tuner.measure_again()
 
 
 @contextmanager

@@ -243,8 +243,18 @@ def test_a_path_that_crashes_is_never_adopted(pretended_gpu, monkeypatch):
     monkeypatch.setattr(_triton, "weight_gradient", crash)
     tensors = operands()
     assert close(step(tensors), expected(tensors))
-    (choice, *_) = _cuda.tuner.entries().values()
+    (choice, *_) = _cuda.tuner.known.values()
     assert choice.rejected["triton"] == "RuntimeError: out of resource: shared memory"
+    # Nor does the rule, or what makes its path ready for graphs, run into it.
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")
+    tensors = operands()
+    assert _paths.plan_for(*tensors[:2], (1, 1), "rule", "cuda").forward == "triton"
+    assert close(step(tensors), expected(tensors))
+    assert close(step(tensors, method="rule"), expected(tensors))
+    assert explain(*tensors[:2], method="rule").forward == "native"
+    torch.use_deterministic_algorithms(True)
+    assert close(step(tensors), expected(tensors))
+    torch.use_deterministic_algorithms(False)
 
 
 def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(pretended_gpu):
