@@ -74,7 +74,7 @@ def test_every_candidate_is_timed_or_its_failure_told(pretended: tuple[Path, dic
                 assert entry["error"] <= 1.5e-2
                 assert entry["share_of_roofline"] > 0
             assert result["failed"]["triton-raises"] == "RuntimeError: out of resource: pretended shared memory"
-            assert result["failed"]["triton-wrong"].startswith("wrong numbers: relative error ")
+            assert result["failed"]["triton-wrong"].startswith("wrong numbers against float64: relative error ")
     (small,) = (row for row in rows if row["kernel_width"] < 7)
     assert not any(path.startswith("triton") for path in small["results"]["forward"]["paths"])
 
@@ -178,7 +178,7 @@ def test_a_candidate_that_ends_its_process_is_noted_and_never_run_again(
     for setting in settings:
         assert workers.is_checked(setting)
         found = workers.found[setting.label]
-        assert list(found) == KINDS
+        assert set(found) == set(KINDS)
         assert found["forward"]["deadly"]["failed"].startswith("its process was lost")
         assert all(set(own) == {"a", "deadly", "b"} for own in found.values())
         assert all("failed" not in own["b"] for own in found.values())
