@@ -20,9 +20,6 @@ from tests.pretended_gpu import pretended_gpu  # noqa: F401, a fixture
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-if not torch.cuda.is_available():  # kernels for GPUs run as plain Python; Triton reads this when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Processes that compute with more threads than there are cores wait for each other most of the time.
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))

@@ -215,6 +215,10 @@ def _planned_path(
 ) -> str:
     """Return the path by rule, unless it is known to be wrong or impossible on this device."""
     path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), problem.kind)
+    if not _cuda.is_triton(path) or resolve_method(method) == path:  # who insists on it gets it
+        return path
+    if choice is None:
+        choice = _cuda.tuner.look_up(problem, _can_compute(problem))
     return "native" if choice is not None and path in choice.rejected else path
 
 

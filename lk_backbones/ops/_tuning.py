@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +40,7 @@ PATIENCE = 5.0  # seconds to wait for the file's lock, whose holders need millis
 SAMPLES = 5  # timed runs, of which the median counts
 CHUNK = 2**24  # values that are compared at once, in float32
 SLOW = 3.0  # a candidate that takes this many times as long as the best so far is timed once
+RECHECK = 10.0  # seconds after which the file is looked at again for what was not in it
 ATTEMPTS = 3  # on numbers that cannot be compared, before made-up ones take their place
 
 _log = logging.getLogger(__name__)
@@ -152,6 +154,7 @@ class Tuner:
         self._unsaved: dict[str, Choice] = {}
         self._state: tuple[int, int] | None = None  # time and size of the file as it was read
         self._undecided: dict[Problem, int] = {}
+        self._missed: dict[Problem, float] = {}  # when it was looked up in vain
         self._outdated: set[str] = set()  # classes that are to be measured again
         self._ready: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
@@ -175,19 +178,28 @@ class Tuner:
         known = self.known.get(problem)
         if known is not None:
             return known
+        if time.monotonic() - self._missed.get(problem, -math.inf) < RECHECK:
+            return None
         with self._lock:
-            key = self.key(problem)
-            if key not in self._choices:
+            if self.key(problem) not in self._choices:
                 self._read()
-            choice = self._choices.get(key)
-            if choice is None or key in self._outdated:
-                return None
-            paths = [choice.path, *sorted(choice.milliseconds, key=choice.milliseconds.__getitem__)]
-            path = next(filter(can_compute, paths), None)
-            if path is None:
-                return None
-            self.known[problem] = choice = replace(choice, path=path)
+            choice = self._find(problem, can_compute)
+            if choice is None:
+                self._missed[problem] = time.monotonic()
             return choice
+
+    def _find(self, problem: Problem, can_compute: Callable[[str], bool]) -> Choice | None:
+        """`look_up` in what this process has read or measured."""
+        key = self.key(problem)
+        choice = self._choices.get(key)
+        if choice is None or key in self._outdated:
+            return None
+        paths = [choice.path, *sorted(choice.milliseconds, key=choice.milliseconds.__getitem__)]
+        path = next(filter(can_compute, paths), None)
+        if path is None:
+            return None
+        self.known[problem] = choice = replace(choice, path=path)
+        return choice
 
     def key(self, problem: Problem) -> str:
         """Return the name of a problem's class."""
@@ -223,7 +235,7 @@ class Tuner:
         with self._lock:
             self._read()
             self._outdated = set(self._choices)
-            self.known = {}
+            self.known, self._missed = {}, {}
 
     def is_first(self, problem: Problem, path: str) -> bool:
         """Return whether a path was not yet asked about for problems of this class, in this process."""
@@ -258,9 +270,15 @@ class Tuner:
             Exception: What the last of the references raises if none can compute it, such as `torch.OutOfMemoryError`.
         """
         with self._lock:
-            if (known := self.look_up(problem, candidates.__contains__)) is not None:  # another thread was faster
+            if (known := self._find(problem, candidates.__contains__)) is not None:  # another thread was faster
                 return known
-            reference, expected = _first_result(candidates, references)
+            if self._undecided.get(problem, 0) > ATTEMPTS:
+                return None
+            try:
+                reference, expected = _first_result(candidates, references)
+            except torch.OutOfMemoryError:
+                self._undecided[problem] = ATTEMPTS + 1  # each further attempt would end like this one
+                raise
             if not _tells_something(expected):
                 self._undecided[problem] = self._undecided.get(problem, 0) + 1
                 if made_up is None or self._undecided[problem] < ATTEMPTS:
@@ -313,13 +331,13 @@ class Tuner:
         first = {path: self._timer(run, 1) for path, run in candidates.items()}
         best = min(first.values(), default=0.0)
         # What seems far slower is left at that; a short time may be mostly the way to the device.
-        close = [path for path, time in first.items() if time <= max(SLOW * best, 0.2)]
+        close = [path for path, took in first.items() if took <= max(SLOW * best, 0.2)]
         calls = {path: max(1, min(20, round(1 / max(first[path], 1e-3)))) for path in close}
         samples: dict[str, list[float]] = {path: [] for path in close}
         for _ in range(SAMPLES):
             for path in close:
                 samples[path].append(self._timer(candidates[path], calls[path]))
-        return {**first, **{path: statistics.median(times) for path, times in samples.items()}}
+        return {**first, **{path: statistics.median(taken) for path, taken in samples.items()}}
 
     def _tell_failure(self, path: str, key: str, reason: str) -> None:
         """Say that a path failed: once per process so that it is seen, as a broken installation would just be slow."""
@@ -461,7 +479,7 @@ def _parse(content: bytes) -> dict[str, Choice]:
         times, rejected = entry.get("milliseconds"), entry.get("rejected")
         if not isinstance(times, dict) or not isinstance(rejected, dict):
             continue
-        numbers = all(isinstance(time, float | int) and math.isfinite(time) and time >= 0 for time in times.values())
+        numbers = all(isinstance(took, float | int) and math.isfinite(took) and took >= 0 for took in times.values())
         if numbers and all(isinstance(reason, str) for reason in rejected.values()):
             choices[key] = Choice(entry["path"], times, rejected)
     return choices

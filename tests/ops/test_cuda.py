@@ -233,6 +233,22 @@ def test_a_path_with_wrong_numbers_is_never_adopted(pretended_gpu, monkeypatch, 
     assert explain(*tensors[:2]).forward != "fft"
 
 
+def test_the_rule_knows_what_gave_wrong_numbers(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")  # for which the rule says Triton
+    right = _triton.convolve
+    monkeypatch.setattr(_triton, "convolve", lambda *args, **options: right(*args, **options) * 1.1)
+    tensors = operands()
+    exact = expected(tensors)[:1]
+    assert close([depthwise_conv2d(*tensors)], exact)
+    restart()  # another process, which measures nothing
+    for method in ("rule", "lookup"):
+        assert close([depthwise_conv2d(*tensors, method=method)], exact)
+    torch.use_deterministic_algorithms(True)
+    assert close([depthwise_conv2d(*tensors)], exact)
+    assert explain(*tensors[:2]).forward == "native"
+    assert not close([depthwise_conv2d(*tensors, method="triton")], exact)  # who insists gets it
+
+
 def test_a_path_that_crashes_is_never_adopted(pretended_gpu, monkeypatch):
     pretended_gpu["triton"] = 1.0
 
