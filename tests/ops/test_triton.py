@@ -345,11 +345,12 @@ COMPILED = [
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Triton for Windows brings no disassembler")
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_compiled_loops_load_vectors_and_spill_nothing(capability, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    cases = COMPILED if capability == 90 else [COMPILED[index] for index in (0, 6, 9, 10)]
+    chosen = {80: (0, 6, 10), 86: (0, 10), 100: (0, 9)}.get(capability, range(len(COMPILED)))
+    cases = [COMPILED[index] for index in chosen]
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps([capability, cases])],
         capture_output=True,
@@ -362,9 +363,9 @@ def test_compiled_loops_load_vectors_and_spill_nothing(capability, tmp_path):
     assert len(results) >= 2 * len(cases)
     for kernel, case, loop in results:
         assert loop["products"] > 0, (kernel, case, loop)
-        # Of smaller cards, 8.6, 8.9 and 12.0; what does not fit larger ones' is not launched there.
-        fits = loop["shared memory"] <= (101_376 if capability in (86, 120) else 166_912)
-        assert fits or (case[3] == "triton-wide" and capability in (86, 120)), (kernel, case, loop)
+        # Of smaller cards, 8.6, 8.9 and 12.0 alike; what does not fit larger ones' is not launched there.
+        fits = loop["shared memory"] <= (101_376 if capability == 86 else 166_912)
+        assert fits or (case[3] == "triton-wide" and capability == 86), (kernel, case, loop)
         assert loop["narrow loads"] == 0, (kernel, case, loop)
         if case[4] == "tf32x3" and kernel == "_toeplitz_gradient_kernel":
             continue  # three products of each kind leave too few registers
