@@ -86,7 +86,7 @@ def errors(input, weight, grad, config):
     ]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name not in ("large", "small")])  # see test_any_shape
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64_convolution(case, config):
     assert max(errors(*operands(*case), CONFIGS[config])) <= TOLERANCES[torch.float32]
