@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from lk_backbones.ops import _cuda
+
 FILL_BYTES = 2**28  # of the work that keeps a device busy while calls queue up behind it
 TURN_MS = 2.0  # of calls in a row, at least
 SLOW, SLOW_MS = 10.0, 5.0  # who takes so many times as long as the fastest, and so long at all, is timed once
@@ -105,7 +107,7 @@ class Stopwatch:
                 run()
             return (time.perf_counter() - begin) * 1e3 / calls
         torch.cuda.synchronize()
-        return self._between_events(run, calls)
+        return _cuda.milliseconds(run, calls)
 
     def alone(self, run: Callable[[], object], calls: int, python_ms: float) -> float:
         """Milliseconds per call that the device takes.
@@ -119,7 +121,7 @@ class Stopwatch:
         wait = 1.5 * python_ms * calls + 0.2
         for _ in range(min(400, round(wait / self._fill_ms) + 1)):
             self._fill.zero_()
-        return self._between_events(run, calls)
+        return _cuda.milliseconds(run, calls)
 
     def python(self, run: Callable[[], object]) -> float:
         """Milliseconds until a call returns, whether or not the device is done."""
@@ -134,16 +136,6 @@ class Stopwatch:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    @staticmethod
-    def _between_events(run: Callable[[], object], calls: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / calls
 
     def race(
         self, runs: dict[str, Callable[[], object]], seconds: float, rounds: int = 7
@@ -300,7 +292,7 @@ def pretend() -> None:
     clock is made up and lets it always choose ``"triton"``.
     ``TRITON_INTERPRET=1`` must have been set before Triton was imported.
     """
-    from lk_backbones.ops import _cuda, _paths, _triton, _tuning
+    from lk_backbones.ops import _paths, _triton, _tuning
 
     configs = {name: _triton.Config(16, 32, 32, warps, 3) for warps, name in enumerate(PRETENDED_PATHS, start=1)}
     _triton.CONFIGS.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from lk_backbones.ops import _fft
 from lk_backbones.ops._plan import Plan
 from lk_backbones.ops._shapes import taps_inside
 from lk_backbones.ops._tuning import Tuner
+
+_log = logging.getLogger(__name__)
 
 # Cost per transformed value and per log2 of their number, in multiply-adds of PyTorch's own kernel. An estimate from
 # memory traffic that awaits its fit on a GPU.
@@ -39,7 +42,8 @@ def _kernels() -> ModuleType | None:
         return None
     try:
         return importlib.import_module("lk_backbones.ops._triton")
-    except Exception:  # a Triton that does not fit its Python or driver; everything works without it
+    except Exception as error:  # a Triton that does not fit its Python or driver; everything works without it
+        _log.warning("convolutions on GPUs do without kernels of their own, as Triton cannot be loaded: %s", error)
         return None
 
 
@@ -220,7 +224,7 @@ def device_name(device: int) -> str:
     return f"{properties.name} ({properties.major}.{properties.minor})"
 
 
-def _milliseconds(run: Callable[[], object], calls: int) -> float:
+def milliseconds(run: Callable[[], object], calls: int) -> float:
     """Time calls in a row on the current stream: as long as the device or the way to it takes, whichever is longer."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -242,4 +246,4 @@ def _releases(benchmark: bool) -> str:
     return ", ".join(parts)
 
 
-tuner = Tuner(device_name, _milliseconds, releases=lambda: _releases(torch.backends.cudnn.benchmark))
+tuner = Tuner(device_name, milliseconds, releases=lambda: _releases(torch.backends.cudnn.benchmark))

@@ -65,14 +65,11 @@ def native(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[i
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], method: str) -> Tensor:
     """Output ``(N, C, H, W)``, in the memory format of ``input``."""
-    device, dilation = _paths.device_type(input), pair(dilation)
+    dilation, operands = pair(dilation), (input, weight, bias)
     with _without_autocast(input.device.type):
-        if device != "cuda":
-            path = _paths.plan_for(input, weight, dilation, method, device).forward
-            return _convolve_by(path, (input, weight, bias), dilation)
         compute = functools.partial(_convolve_by, dilation=dilation)
-        path = _paths.choose_path("forward", compute, (input, weight, bias), input, weight, dilation, method)
-        return _convolve_by(path, (input, weight, bias), dilation)
+        path = _paths.choose_path("forward", compute, operands, input, weight, dilation, method)
+        return _convolve_by(path, operands, dilation)
 
 
 def _convolve_by(path: str, operands: _paths.Operands, dilation: tuple[int, int]) -> Tensor:
@@ -100,22 +97,7 @@ def convolve_and_more(
     method: str,
 ) -> Tensor:
     """Convolution, then a sum and a ReLU, without a gradient; in one pass where the path of the convolution has it."""
-    device = _paths.device_type(input)
     with _without_autocast(input.device.type):
-        return _convolve_and_more(input, weight, bias, addend, relu, dilation, method, device)
-
-
-def _convolve_and_more(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    relu: bool,
-    dilation: tuple[int, int],
-    method: str,
-    device: str,
-) -> Tensor:
-    if device == "cuda":
         operands = input, weight, bias
         compute = functools.partial(_convolve_by, dilation=dilation)
         path = _paths.choose_path("forward", compute, operands, input, weight, dilation, method)
@@ -132,12 +114,9 @@ def _convolve_and_more(
                 output = in_format(fused(path), memory_format(input))
                 return output if addend is None or addend is within else output.add_(addend)
         output = _convolve_by(path, operands, dilation)
-    else:
-        path = _paths.plan_for(input, weight, dilation, method, device).forward
-        output = _convolve_by(path, (input, weight, bias), dilation)
-    if addend is not None:
-        output.add_(addend)
-    return output.relu_() if relu else output
+        if addend is not None:
+            output.add_(addend)
+        return output.relu_() if relu else output
 
 
 def _is_native(path: str) -> bool:
@@ -178,30 +157,14 @@ def _gradients(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``input`` and ``weight``, each in the layout of what it belongs to; empty where not wanted."""
-    device, dilation = _paths.device_type(input), pair(dilation)
-    operands = grad_output, input, weight
+    dilation, operands = pair(dilation), (grad_output, input, weight)
     results: list[Tensor | None] = [None, None]
     with _without_autocast(input.device.type):
-        paths: tuple[str, str]
-        if device != "cuda":
-            plan = _paths.plan_for(input, weight, dilation, method, device)
-            paths = plan.input_gradient, plan.weight_gradient
-        else:
-            input_path, weight_path = (
-                _paths.choose_path(
-                    kind,
-                    functools.partial(_gradient_by, which=which, dilation=dilation),
-                    operands,
-                    input,
-                    weight,
-                    dilation,
-                    method,
-                )
-                if output_mask[which]
-                else ""
-                for which, kind in enumerate(KINDS[1:])
-            )
-            paths = input_path, weight_path
+        paths = ["", ""]
+        for which, kind in enumerate(KINDS[1:]):
+            if output_mask[which]:
+                compute = functools.partial(_gradient_by, which=which, dilation=dilation)
+                paths[which] = _paths.choose_path(kind, compute, operands, input, weight, dilation, method)
         if paths[0] == paths[1]:
             results[:] = _gradients_by(paths[0], operands, dilation, output_mask)
         else:

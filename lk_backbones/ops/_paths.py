@@ -182,7 +182,7 @@ def choose_path(
     dilation: tuple[int, int],
     method: str,
 ) -> str:
-    """Choose the path of one result on a CUDA device: what was measured, measuring if need be, else by rule.
+    """Choose the path of one result: on CUDA devices what was measured, measuring if need be, else by rule.
 
     Args:
         kind: Which result.
@@ -193,7 +193,10 @@ def choose_path(
         dilation: Of rows and columns.
         method: As `depthwise_conv2d`.
     """
-
+    device = device_type(input)
+    if device != "cuda":
+        planned: str = getattr(plan_for(input, weight, dilation, method, device), kind)
+        return planned
     mode = resolve_method(method)
     problem = _problem(kind, input, weight, dilation)
     choice = _cuda.tuner.known.get(problem)
@@ -203,8 +206,8 @@ def choose_path(
             if choice is None and mode == "auto":
                 choice = _measure(problem, compute, operands)
             if choice is not None:
-                planned = _planned_path(problem, choice, input, weight, dilation, method)
-                make_ready(problem, planned, choice.path, lambda: compute(planned, operands))
+                ruled = _planned_path(problem, choice, input, weight, dilation, method)
+                make_ready(problem, ruled, choice.path, lambda: compute(ruled, operands))
         if choice is not None:
             return choice.path
     return _planned_path(problem, choice, input, weight, dilation, method)
