@@ -182,6 +182,24 @@ def test_what_the_rule_takes_is_ready_when_a_graph_is_captured(pretended_gpu, mo
     assert len(ran) == 2
 
 
+def test_what_cannot_be_made_ready_is_of_no_matter(pretended_gpu, monkeypatch):
+    pretended_gpu["fft"] = 1.0
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")
+    tensors = operands()
+    step(tensors)
+    restart()
+    tried = []
+
+    def crash(*arguments, **options):
+        tried.append(options)
+        raise RuntimeError("Failed to find C compiler")  # which was there when it was measured
+
+    monkeypatch.setattr(_triton, "convolve", crash)
+    monkeypatch.setattr(_triton, "weight_gradient", crash)
+    assert close(step(tensors), expected(tensors))
+    assert len(tried) == 3
+
+
 def test_the_rule_decides_where_nothing_may_depend_on_measuring(pretended_gpu, monkeypatch):
     pretended_gpu["fft"] = 1.0
     tensors = operands()

@@ -388,6 +388,17 @@ def test_results_agree_as_a_whole_in_every_map_and_in_every_value(dtype, toleran
     assert disagreement(not_finite, expected, tolerance) != ""
 
 
+def test_a_quiet_map_and_a_single_value_are_told_each_by_its_own_check():
+    torch.manual_seed(0)
+    expected, tolerance = torch.randn(4, 8, 64, 64), 1.5e-2
+    expected[0, 0] *= 0.05
+    quiet, pixel = expected.clone(), expected.clone()
+    quiet[0, 0] = 0  # no value of it is large, and it is little beside the rest
+    pixel[1, 2, 3, 4] += 3  # which is little beside the other values of its map
+    assert "of one map" in disagreement(quiet, expected, tolerance)
+    assert disagreement(pixel, expected, tolerance).startswith("a value is off by ")
+
+
 def test_large_values_are_compared_too():
     large = torch.full((2, 4096), 60000.0, dtype=torch.float16)  # whose squares no float16 holds
     assert disagreement(large, large, 1e-3) == ""
