@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -22,7 +23,15 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Processes that compute with more threads than there are cores wait for each other most of the time.
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # and of the processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over the million objects that imports made, which none of them frees."""
+    gc.collect()
+    gc.freeze()
 
 
 def count_parameters(name: str) -> int:
