@@ -25,6 +25,7 @@ __all__ = [
     "operators_are_watched",
     "reorder_convolution_weight",
     "reorder_linear_weight",
+    "somebody_looks",
     "tree_map",
     "uses_forward_gradients",
 ]
@@ -32,6 +33,7 @@ __all__ = [
 tree_map = borrow("torch", "torch.utils._pytree", "tree_map")
 _functorch_is_active = borrow("torch", "torch._C", "_are_functorch_transforms_active")
 _dispatch_modes = borrow("torch", "torch._C", "_len_torch_dispatch_stack")
+_is_tracing = borrow("torch", "torch._C", "_is_tracing")
 _is_amx_tile_supported = borrow("torch", "torch.cpu", "_is_amx_tile_supported")
 _is_avx512_bf16_supported = borrow("torch", "torch.cpu", "_is_avx512_bf16_supported")
 
@@ -44,6 +46,17 @@ def functorch_is_active() -> bool:
 def operators_are_watched() -> bool:
     """Return whether something looks at operators one by one: FLOP counters, fake tensors, selective checkpointing."""
     return bool(_dispatch_modes() > 0)
+
+
+def somebody_looks() -> bool:
+    """Return whether something sees operators one by one or transforms them, torch.compile's tracer apart."""
+    return bool(
+        _is_tracing()
+        or _dispatch_modes() > 0
+        or _functorch_is_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or torch.compiler.is_exporting()
+    )
 
 
 def uses_forward_gradients(tensors: Sequence[Tensor]) -> bool:

@@ -6,6 +6,8 @@ told by `called_in_a_row`, so that the activation can be computed along.
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from lk_backbones.layers.pointwise import PointwiseConv2d
 from lk_backbones.ops import (
     bands_conv2d,
     direct_conv2d,
+    ordinary_state,
     pack_bands,
     pack_direct,
     pack_weight,
@@ -31,6 +34,7 @@ from lk_backbones.ops import (
     packed_linear,
 )
 from lk_backbones.ops._paths import plan_for
+from lk_backbones.ops._plan import ENVIRONMENT_VARIABLE
 
 __all__ = [
     "PackedConv2d",
@@ -50,6 +54,8 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 _Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # padding, stride, dilation, groups
 
+_READ_GEOMETRY = operator.itemgetter("padding", "stride", "dilation", "groups", "padding_mode", "kernel_size")
+
 # A weight, all else that the packed one was made from, and the packed one. Holding the weight keeps another one from
 # coming to lie at its address.
 _Copy = tuple[Tensor, tuple[Any, ...], Tensor]
@@ -63,6 +69,53 @@ class _Copies:
     direct: _Copy | None = None
     bands: _Copy | None = None
     width: int = 0
+    shortcut: _Shortcut | None = None
+
+
+class _Shortcut:
+    """How the last input was computed, for the next one if nothing that counts has changed.
+
+    Between large matrices Python runs from cold caches, where deciding anew takes as long as a small product.
+    """
+
+    __slots__ = ("_act", "_approximate", "_attributes", "_bias", "_compute", "_input", "_state", "_values", "_weight")
+
+    def __init__(self, layer: _Packed, input: Tensor, state: object, compute: Callable[[Tensor], Tensor]) -> None:
+        weight, bias, act = layer.weight, layer.bias, layer.act
+        assert isinstance(weight, Tensor)
+        self._input = input.dtype, input.shape, input.stride()
+        self._weight, self._bias, self._act = weight, bias, act
+        self._values = _values(weight, bias)
+        self._attributes = layer._attributes(layer.__dict__)
+        self._approximate = getattr(act, "approximate", None)
+        self._state, self._compute = state, compute
+
+    def take(self, layer: _Packed, input: Tensor) -> Tensor | None:
+        """Return the layer's output, or ``None`` if it must be decided anew how to compute it."""
+        parameters = layer._parameters
+        weight, bias, act = parameters.get("weight"), parameters.get("bias"), self._act
+        if (
+            weight is self._weight
+            and bias is self._bias
+            and layer._modules["act"] is act
+            and type(input) is Tensor
+            and (input.dtype, input.shape, input.stride()) == self._input
+            and input.is_cpu
+            and ordinary_state() == self._state
+            and _values(weight, bias) == self._values
+            and layer._attributes(layer.__dict__) == self._attributes
+            and not (act._forward_hooks or act._forward_pre_hooks)
+            and act.__dict__.get("approximate") == self._approximate
+        ):
+            return self._compute(input)
+        return None
+
+
+def _values(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """Return what differs when the values of a layer may."""
+    if bias is None:
+        return weight._version, weight.data_ptr()
+    return weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
 
 
 class _Packed(nn.Module):
@@ -73,6 +126,19 @@ class _Packed(nn.Module):
     def _follow_with(self, act: nn.Module | None) -> None:
         self.act: nn.Module = nn.Identity() if act is None else act
         self._packed = _Copies()
+
+    @torch.jit.unused
+    def _attributes(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
+        """Return those attributes of the layer that how it is computed depends on, but for tensors."""
+        return ()
+
+    @torch.jit.unused
+    def _begin(self, input: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute it, as the next call may too."""
+        state, bias = ordinary_state(), self.bias
+        lasting = state is not None and not (isinstance(bias, Tensor) and bias.is_inference())
+        self._packed.shortcut = _Shortcut(self, input, state, compute) if lasting else None
+        return compute(input)
 
     @torch.jit.unused
     def _packed_dtype(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -132,6 +198,11 @@ class PackedConv2d(_Packed, nn.Conv2d):
         if torch.jit.is_scripting():
             return self.act(self._conv_forward(input, self.weight, self.bias))
         else:
+            shortcut = self._packed.shortcut
+            if shortcut is not None and not torch.compiler.is_dynamo_compiling():
+                output = shortcut.take(self, input)
+                if output is not None:
+                    return output
             return self._packed_forward(input)
 
     @torch.jit.unused
@@ -140,14 +211,20 @@ class PackedConv2d(_Packed, nn.Conv2d):
             return self.act(self._unpacked(input))
         weight, bias, act, padding = self.weight, self.bias, self.act, self.padding  # modules look them up slowly
         activation, dtype = _onednn_activation(act), self._packed_dtype(input, weight, bias)
-        output = None
+        compute = None
         if dtype and activation and not isinstance(padding, str) and self.padding_mode == "zeros":
             geometry = padding, self.stride, self.dilation, self.groups  # read anew, as users change attributes
-            output = self._compute(input, weight, bias, dtype, activation, geometry)
-        return self._compute_unpacked(input, act, activation) if output is None else output
+            compute = self._way(input, weight, bias, dtype, activation, geometry)
+        if compute is None:
+            return self._compute_unpacked(input, act, activation)
+        return self._begin(input, compute)
 
     @torch.jit.unused
-    def _compute(
+    def _attributes(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
+        return _READ_GEOMETRY(attributes)
+
+    @torch.jit.unused
+    def _way(
         self,
         input: Tensor,
         weight: Tensor,
@@ -155,10 +232,10 @@ class PackedConv2d(_Packed, nn.Conv2d):
         dtype: torch.dtype,
         activation: tuple[str, str],
         geometry: _Geometry,
-    ) -> Tensor | None:
-        """Compute it with a packed weight, or return ``None`` where that is not the best way."""
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return how to compute it with a packed weight, or ``None`` where that is not the best way."""
         packed = self._packed_weight(weight, dtype, input.shape, geometry)
-        return packed_conv2d(input, packed, bias, *geometry, activation)
+        return lambda input: packed_conv2d(input, packed, bias, *geometry, activation)
 
     @torch.jit.unused
     def _compute_unpacked(self, input: Tensor, act: nn.Module, activation: tuple[str, str] | None) -> Tensor:
@@ -190,6 +267,11 @@ class PackedLinear(_Packed, nn.Linear):
         if torch.jit.is_scripting():
             return self.act(F.linear(input, self.weight, self.bias))
         else:
+            shortcut = self._packed.shortcut
+            if shortcut is not None and not torch.compiler.is_dynamo_compiling():
+                output = shortcut.take(self, input)
+                if output is not None:
+                    return output
             return self._packed_forward(input)
 
     @torch.jit.unused
@@ -201,7 +283,8 @@ class PackedLinear(_Packed, nn.Linear):
         if dtype is None or activation is None:
             output: Tensor = act(F.linear(input, weight, bias))
             return output
-        return packed_linear(input, self._packed_weight(weight, dtype), bias, activation)
+        packed = self._packed_weight(weight, dtype)
+        return self._begin(input, lambda input: packed_linear(input, packed, bias, activation))
 
 
 class PackedPointwiseConv2d(PackedConv2d, PointwiseConv2d):
@@ -233,7 +316,11 @@ class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
         return self._fast_forward(input)
 
     @torch.jit.unused
-    def _compute(
+    def _attributes(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
+        return *super()._attributes(attributes), os.environ.get(ENVIRONMENT_VARIABLE)
+
+    @torch.jit.unused
+    def _way(
         self,
         input: Tensor,
         weight: Tensor,
@@ -241,18 +328,19 @@ class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
         dtype: torch.dtype,
         activation: tuple[str, str],
         geometry: _Geometry,
-    ) -> Tensor | None:
+    ) -> Callable[[Tensor], Tensor] | None:
         dilation, path = (self.dilation[0], self.dilation[1]), "native"
         if self.stride == (1, 1) and self._keeps_size():
             path = plan_for(input, weight, dilation, "auto", "cpu", packed=True, dtype=dtype).forward
         if path == "native":
-            return super()._compute(input, weight, bias, dtype, activation, geometry)
+            return super()._way(input, weight, bias, dtype, activation, geometry)
         bands = self._packed_bands(weight, input.shape) if path == "bands" else None
         if bands is not None:
-            return bands_conv2d(input, bands, bias, activation)
+            return lambda input: bands_conv2d(input, bands, bias, activation)
         if path == "fft" or dilation != (1, 1):
             return None
-        return direct_conv2d(input, self._packed_direct(weight, input.shape), bias, activation)
+        direct = self._packed_direct(weight, input.shape)
+        return lambda input: direct_conv2d(input, direct, bias, activation)
 
     @torch.jit.unused
     def _packed_direct(self, weight: Tensor, shape: torch.Size) -> Tensor:

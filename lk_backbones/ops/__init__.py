@@ -13,6 +13,7 @@ from lk_backbones.ops.measured import (
 from lk_backbones.ops.memory_format import to_preferred_memory_format
 from lk_backbones.ops.packed import (
     direct_conv2d,
+    ordinary_state,
     pack_direct,
     pack_weight,
     packed_conv2d,
@@ -33,6 +34,7 @@ __all__ = [
     "is_measured",
     "measure_again",
     "measured_choices",
+    "ordinary_state",
     "pack_bands",
     "pack_direct",
     "pack_weight",

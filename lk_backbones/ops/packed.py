@@ -18,12 +18,21 @@ from lk_backbones._private.torch import (
     operators_are_watched,
     reorder_convolution_weight,
     reorder_linear_weight,
+    somebody_looks,
 )
 from lk_backbones.ops import _cpu
 from lk_backbones.ops._plan import operand_dtype, wants_plain_convolution
 from lk_backbones.ops._shapes import is_channels_last
 
-__all__ = ["direct_conv2d", "pack_direct", "pack_weight", "packed_conv2d", "packed_dtype", "packed_linear"]
+__all__ = [
+    "direct_conv2d",
+    "ordinary_state",
+    "pack_direct",
+    "pack_weight",
+    "packed_conv2d",
+    "packed_dtype",
+    "packed_linear",
+]
 
 
 def packed_dtype(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> torch.dtype | None:
@@ -72,6 +81,18 @@ def packed_dtype(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
         and has_packed_operators()
     )
     return dtype if possible else None
+
+
+def ordinary_state() -> tuple[bool, torch.dtype] | None:
+    """Tell whether two calls with tensors of the same dtypes are the same to `packed_dtype`.
+
+    Returns:
+        Whether autocast is on for CPUs and its dtype; ``None`` in any state in which more than the tensors counts, or
+        their gradients do.
+    """
+    if torch.is_grad_enabled() or somebody_looks() or not torch.backends.mkldnn.enabled:
+        return None
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
 
 def pack_weight(
