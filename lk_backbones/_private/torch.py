@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from lk_backbones._private.borrow import borrow
 
 __all__ = [
+    "calls_onednn_undisturbed",
     "convolution_pointwise",
     "functorch_is_active",
     "has_amx",
@@ -25,7 +26,6 @@ __all__ = [
     "operators_are_watched",
     "reorder_convolution_weight",
     "reorder_linear_weight",
-    "somebody_looks",
     "tree_map",
     "uses_forward_gradients",
 ]
@@ -33,6 +33,7 @@ __all__ = [
 tree_map = borrow("torch", "torch.utils._pytree", "tree_map")
 _functorch_is_active = borrow("torch", "torch._C", "_are_functorch_transforms_active")
 _dispatch_modes = borrow("torch", "torch._C", "_len_torch_dispatch_stack")
+_mkldnn_is_enabled = borrow("torch", "torch._C", "_get_mkldnn_enabled")
 _is_tracing = borrow("torch", "torch._C", "_is_tracing")
 _is_amx_tile_supported = borrow("torch", "torch.cpu", "_is_amx_tile_supported")
 _is_avx512_bf16_supported = borrow("torch", "torch.cpu", "_is_avx512_bf16_supported")
@@ -48,14 +49,17 @@ def operators_are_watched() -> bool:
     return bool(_dispatch_modes() > 0)
 
 
-def somebody_looks() -> bool:
-    """Return whether something sees operators one by one or transforms them, torch.compile's tracer apart."""
+def calls_onednn_undisturbed() -> bool:
+    """Return whether oneDNN is on and nothing sees operators one by one or transforms them.
+
+    ``torch.compile``'s tracer apart; exporters trace, or have a mode of their own in which operators are seen.
+    """
     return bool(
-        _is_tracing()
-        or _dispatch_modes() > 0
-        or _functorch_is_active()
-        or getattr(forward_ad, "_current_level", 0) >= 0
-        or torch.compiler.is_exporting()
+        _mkldnn_is_enabled()
+        and not _is_tracing()
+        and not _dispatch_modes()
+        and not _functorch_is_active()
+        and getattr(forward_ad, "_current_level", 0) < 0
     )
 
 

@@ -63,12 +63,13 @@ _Copy = tuple[Tensor, tuple[Any, ...], Tensor]
 
 @dataclass
 class _Copies:
-    """Packed copies of a layer's weight: as it is, for the paths of large kernels, and the width of the last map."""
+    """Packed copies of a layer's weight: as it is, for the paths of large kernels; and what the last input was like."""
 
     plain: _Copy | None = None
     direct: _Copy | None = None
     bands: _Copy | None = None
     width: int = 0
+    shape: tuple[int, ...] = ()
     shortcut: _Shortcut | None = None
 
 
@@ -83,11 +84,12 @@ class _Shortcut:
     def __init__(self, layer: _Packed, input: Tensor, state: object, compute: Callable[[Tensor], Tensor]) -> None:
         weight, bias, act = layer.weight, layer.bias, layer.act
         assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         self._input = input.dtype, input.shape, input.stride()
         self._weight, self._bias, self._act = weight, bias, act
         self._values = _values(weight, bias)
         self._attributes = layer._attributes(layer.__dict__)
-        self._approximate = getattr(act, "approximate", None)
+        self._approximate = act.__dict__.get("approximate")
         self._state, self._compute = state, compute
 
     def take(self, layer: _Packed, input: Tensor) -> Tensor | None:
@@ -98,10 +100,12 @@ class _Shortcut:
             weight is self._weight
             and bias is self._bias
             and layer._modules["act"] is act
+            and ordinary_state() == self._state
             and type(input) is Tensor
+            and input.layout is torch.strided
+            and not input.is_nested
             and (input.dtype, input.shape, input.stride()) == self._input
             and input.is_cpu
-            and ordinary_state() == self._state
             and _values(weight, bias) == self._values
             and layer._attributes(layer.__dict__) == self._attributes
             and not (act._forward_hooks or act._forward_pre_hooks)
@@ -127,6 +131,27 @@ class _Packed(nn.Module):
         self.act: nn.Module = nn.Identity() if act is None else act
         self._packed = _Copies()
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Map an input to what the layer without a packed weight and the activation would, of the same shape."""
+        if torch.jit.is_scripting():
+            return self._plain_forward(input)
+        else:  # the else keeps TorchScript's compiler from looking inside
+            if not torch.compiler.is_dynamo_compiling():
+                shortcut = self._packed.shortcut
+                output = None if shortcut is None else shortcut.take(self, input)
+                if output is not None:
+                    return output
+            return self._packed_forward(input)
+
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        """Compute it as TorchScript can."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _packed_forward(self, input: Tensor) -> Tensor:
+        """Decide how to compute it."""
+        raise NotImplementedError
+
     @torch.jit.unused
     def _attributes(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
         """Return those attributes of the layer that how it is computed depends on, but for tensors."""
@@ -134,10 +159,11 @@ class _Packed(nn.Module):
 
     @torch.jit.unused
     def _begin(self, input: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Compute it, as the next call may too."""
-        state, bias = ordinary_state(), self.bias
-        lasting = state is not None and not (isinstance(bias, Tensor) and bias.is_inference())
-        self._packed.shortcut = _Shortcut(self, input, state, compute) if lasting else None
+        """Compute it, as the next calls may too once an input of that shape comes again."""
+        copies, state, bias = self._packed, ordinary_state(), self.bias
+        lasting = copies.shape == input.shape and state is not None
+        lasting = lasting and not (isinstance(bias, Tensor) and bias.is_inference())  # which count no changes
+        copies.shape, copies.shortcut = input.shape, _Shortcut(self, input, state, compute) if lasting else None
         return compute(input)
 
     @torch.jit.unused
@@ -193,17 +219,8 @@ class PackedConv2d(_Packed, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._follow_with(act)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` or ``(C, H, W)`` to what ``nn.Conv2d`` and the activation would."""
-        if torch.jit.is_scripting():
-            return self.act(self._conv_forward(input, self.weight, self.bias))
-        else:
-            shortcut = self._packed.shortcut
-            if shortcut is not None and not torch.compiler.is_dynamo_compiling():
-                output = shortcut.take(self, input)
-                if output is not None:
-                    return output
-            return self._packed_forward(input)
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        return self.act(self._conv_forward(input, self.weight, self.bias))
 
     @torch.jit.unused
     def _packed_forward(self, input: Tensor) -> Tensor:
@@ -262,17 +279,8 @@ class PackedLinear(_Packed, nn.Linear):
         super().__init__(*args, **kwargs)
         self._follow_with(act)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(*, in_features)`` to what ``nn.Linear`` and the activation would, ``(*, out_features)``."""
-        if torch.jit.is_scripting():
-            return self.act(F.linear(input, self.weight, self.bias))
-        else:
-            shortcut = self._packed.shortcut
-            if shortcut is not None and not torch.compiler.is_dynamo_compiling():
-                output = shortcut.take(self, input)
-                if output is not None:
-                    return output
-            return self._packed_forward(input)
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        return self.act(F.linear(input, self.weight, self.bias))
 
     @torch.jit.unused
     def _packed_forward(self, input: Tensor) -> Tensor:

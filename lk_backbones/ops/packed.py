@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lk_backbones._private.torch import (
+    calls_onednn_undisturbed,
     convolution_pointwise,
     has_packed_operators,
     linear_pointwise,
     operators_are_watched,
     reorder_convolution_weight,
     reorder_linear_weight,
-    somebody_looks,
 )
 from lk_backbones.ops import _cpu
 from lk_backbones.ops._plan import operand_dtype, wants_plain_convolution
@@ -90,7 +90,7 @@ def ordinary_state() -> tuple[bool, torch.dtype] | None:
         Whether autocast is on for CPUs and its dtype; ``None`` in any state in which more than the tensors counts, or
         their gradients do.
     """
-    if torch.is_grad_enabled() or somebody_looks() or not torch.backends.mkldnn.enabled:
+    if torch.is_grad_enabled() or not calls_onednn_undisturbed():
         return None
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.layers import GlobalResponseNormMlp, Mlp
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from lk_backbones import prepack_weights
 from lk_backbones.layers import (
@@ -54,7 +55,7 @@ PACKED_OPERATORS = {"mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise
 
 
 def packed_layer(act: nn.Module | None = None, kind: str = "pointwise") -> tuple[PackedConv2d, nn.Module]:
-    """A packed layer, used once, and what it stands for."""
+    """A packed layer, in use, and what it stands for."""
     torch.manual_seed(0)
     act = nn.Identity() if act is None else act
     layer_type, options = LAYERS[kind]
@@ -63,7 +64,8 @@ def packed_layer(act: nn.Module | None = None, kind: str = "pointwise") -> tuple
     layer.load_state_dict(plain[0].state_dict())
     assert pack(layer, act)
     with torch.no_grad():
-        layer(MAPS)
+        for _ in range(3):
+            layer(MAPS)
     return layer, plain
 
 
@@ -579,3 +581,101 @@ def test_band_matrices_follow_the_width_of_the_maps(monkeypatch: pytest.MonkeyPa
         check(32)
         assert made == [28, 32, 32, 32]
     assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+def replace(layer: nn.Conv2d, **attributes: object) -> None:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+
+
+def scale_bias(layer: nn.Conv2d) -> None:
+    layer.bias.data = 3 * layer.bias.data
+
+
+# What a user may do between two calls, to the packed layer and to a convolution alike.
+CHANGES = {
+    "nothing": lambda conv, act: None,
+    "weight": lambda conv, act: conv.weight.mul_(2),
+    "weight through .data": lambda conv, act: setattr(conv.weight, "data", 2 * conv.weight.data),
+    "another weight": lambda conv, act: replace(conv, weight=nn.Parameter(conv.weight * 2)),
+    "bias": lambda conv, act: conv.bias.mul_(3),
+    "bias through .data": lambda conv, act: scale_bias(conv),
+    "another bias": lambda conv, act: replace(conv, bias=nn.Parameter(conv.bias * 3)),
+    "no bias": lambda conv, act: replace(conv, bias=None),
+    "pruned": lambda conv, act: prune.l1_unstructured(conv, "weight", 0.5),
+    "parametrized": lambda conv, act: parametrizations.weight_norm(conv),
+    "stride": lambda conv, act: replace(conv, stride=(2, 2)),
+    "padding": lambda conv, act: replace(conv, padding=tuple(2 * size for size in conv.kernel_size)),
+    "padding by name": lambda conv, act: replace(conv, padding="same", stride=(1, 1)),
+    "approximation": lambda conv, act: replace(act, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "dense", "depthwise"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_is_decided_anew_where_something_changed(change: str, kind: str) -> None:
+    layer, plain = packed_layer(nn.GELU(), kind)
+    with torch.no_grad():
+        CHANGES[change](layer, layer.act)
+        CHANGES[change](plain[0], plain[1])
+        for maps in (MAPS, MAPS, MAPS, MAPS[:, :, 1:], MAPS.contiguous(), MAPS[:1], MAPS, MAPS, MAPS):
+            torch.testing.assert_close(layer(maps), plain(maps), rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_is_not_decided_anew_where_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[torch.dtype | None] = []
+    decide = packed.packed_dtype
+    monkeypatch.setattr(packed, "packed_dtype", lambda *tensors: (decided.append(decide(*tensors)), decided[-1])[1])
+    layers = [packed_layer(nn.GELU(), kind)[0] for kind in ("pointwise", "dense", "depthwise")]
+    layers.append(PackedLinear(8, 6))
+    inputs = [MAPS, MAPS, MAPS, torch.randn(5, 8)]
+    with torch.no_grad():
+        for layer, input in zip(layers, inputs, strict=True):
+            layer(input)
+            expected = layer(input)
+            decided.clear()
+            for _ in range(3):
+                assert torch.equal(layer(input.clone()), expected)
+            assert decided == []
+            layer(input[:-1])
+            assert decided == [torch.float32]
+            for _ in range(4):  # the first of a shape tells nothing about the next
+                assert torch.equal(layer(input), expected)
+            assert decided == [torch.float32] * 3
+
+
+def test_surroundings_that_changed_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, plain = packed_layer(nn.GELU(), "depthwise")
+    assert "mkldnn::_convolution_pointwise" in operators(layer, MAPS)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not operators(layer, MAPS) & PACKED_OPERATORS
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(MAPS)
+    assert counter.get_total_flops() == 2 * MAPS.numel() * 35
+    maps = MAPS.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(maps).sum(), maps)
+    (expected,) = torch.autograd.grad(plain(maps).sum(), maps)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        layer(MAPS)
+        batched = torch.func.vmap(layer)(MAPS[:, None])
+        torch.testing.assert_close(batched[:, 0], plain(MAPS), rtol=1e-5, atol=1e-6)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(MAPS, torch.ones_like(MAPS))
+            tangent = forward_ad.unpack_dual(layer(dual)).tangent
+            expected = forward_ad.unpack_dual(plain(dual)).tangent
+            torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-6)
+        symbolic = torch.fx.symbolic_trace(layer)
+        assert "mkldnn" not in str(symbolic.graph)
+        torch.testing.assert_close(symbolic(MAPS), plain(MAPS), rtol=1e-5, atol=1e-6)
+        assert "mkldnn" not in str(torch.export.export(layer, (MAPS,)).graph)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(MAPS), layer(MAPS), rtol=1e-5, atol=1e-6)
+        monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "fft")
+        large = torch.randn(1, 8, 9, 9).to(memory_format=torch.channels_last)
+        assert not operators(layer, large) & PACKED_OPERATORS
+        monkeypatch.delenv("LK_BACKBONES_DEPTHWISE")
+        for _ in range(3):
+            assert operators(layer, large) & PACKED_OPERATORS
+        monkeypatch.setenv("LK_BACKBONES_DEPTHWISE", "fft")
+        assert not operators(layer, large) & PACKED_OPERATORS
