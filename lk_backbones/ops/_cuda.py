@@ -41,9 +41,12 @@ def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     try:
-        return importlib.import_module("lk_backbones.ops._triton")
+        kernels = importlib.import_module("lk_backbones.ops._triton")
+        if torch.cuda.is_available() and torch.version.hip is None:
+            _ = kernels.triton.runtime.driver.active  # compiles its way to the driver, once for all: needs a C compiler
+        return kernels
     except Exception as error:  # a Triton that does not fit its Python or driver; everything works without it
-        _log.warning("convolutions on GPUs do without kernels of their own, as Triton cannot be loaded: %s", error)
+        _log.warning("convolutions on GPUs do without kernels of their own, as Triton cannot be used: %s", error)
         return None
 
 
@@ -202,18 +205,16 @@ def told(path: str) -> AbstractContextManager[None]:
     return _library(LIBRARIES[path]) if path in LIBRARIES else nullcontext()
 
 
-def must_follow_rule() -> bool:
-    """Return whether nothing may be measured and nothing depend on what was.
-
-    What is captured as a CUDA graph or traced must not wait for the device; who asks for deterministic algorithms wants
-    the same ones in every run.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.are_deterministic_algorithms_enabled()
-        or torch.backends.cudnn.deterministic
-        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+def may_measure() -> bool:
+    """Return whether there may be a wait for the device: not while a CUDA graph is captured, or a program traced."""
+    return not (
+        torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def must_follow_rule() -> bool:
+    """Return whether nothing may depend on what was measured: deterministic algorithms are the same in every run."""
+    return bool(torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic)
 
 
 def device_name(device: int) -> str:

@@ -103,16 +103,10 @@ def convolve_and_more(
         path = _paths.choose_path("forward", compute, operands, input, weight, dilation, method)
         # In channels_last the addend would have to be copied into the order that the kernels compute in.
         within = addend if not is_channels_last(input) else None
-        if dilation == (1, 1) and not (relu and addend is not within):
-            kernel = crop(weight, _map_size(input))
-
-            def fused(path: str) -> Tensor:
-                return _cuda.convolve(input, kernel, bias, path, within, relu)
-
-            _paths.make_fused_ready(input, weight, method, path, fused, f" {relu} {within is not None}")
-            if _cuda.is_triton(path):
-                output = in_format(fused(path), memory_format(input))
-                return output if addend is None or addend is within else output.add_(addend)
+        if _cuda.is_triton(path) and dilation == (1, 1) and not (relu and addend is not within):
+            output = _cuda.convolve(input, crop(weight, _map_size(input)), bias, path, within, relu)
+            output = in_format(output, memory_format(input))
+            return output if addend is None or addend is within else output.add_(addend)
         output = _convolve_by(path, operands, dilation)
         if addend is not None:
             output.add_(addend)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from lk_backbones.ops import _cpu, _cuda
 from lk_backbones.ops._plan import Plan, resolve_method
 from lk_backbones.ops._shapes import crop_kernel, is_channels_last, phase_size
-from lk_backbones.ops._tuning import KINDS, Choice, Kind, Problem
+from lk_backbones.ops._tuning import KINDS, Choice, Kind, Problem, is_lost
+
+_log = logging.getLogger(__name__)
 
 MEASURING = ("auto", "lookup")  # methods that what was measured counts for
 
@@ -87,6 +90,8 @@ def _cached_plan(
         if device != "cuda" or _cuda.can_compute(method, shape, kernel_size, dtype, index):
             return Plan(method, method, method, f"method {method!r} asked for")
         lacking = f"method {method!r} asked for, which is not to be had for this device and dtype; "
+    if device not in ("cpu", "cuda"):
+        return Plan("native", "native", "native", f"{lacking}nothing was tried on {device}")
     if device == "cuda":
         plan = _cuda.choose_paths(shape, kernel_size, dtype, index)
         return replace(plan, reason=lacking + plan.reason)
@@ -159,7 +164,10 @@ def measured_plan(
 
 
 def _measuring_counts(method: str) -> bool:
-    """Return whether what was measured on a CUDA device decides, for a method of `resolve_method`."""
+    """Return whether what was measured on a CUDA device decides, for a method of `resolve_method`.
+
+    Also in what is captured as a graph: no kernels can be loaded meanwhile, and those that the user's warm-up ran are.
+    """
     return method in MEASURING and not _cuda.must_follow_rule()
 
 
@@ -201,13 +209,10 @@ def choose_path(
     problem = _problem(kind, input, weight, dilation)
     choice = _cuda.tuner.known.get(problem)
     if _measuring_counts(mode):
-        if choice is None and not _is_trivial(input, weight, dilation):
+        if choice is None and _cuda.may_measure() and not _is_trivial(input, weight, dilation):
             choice = _cuda.tuner.look_up(problem, _can_compute(problem))
             if choice is None and mode == "auto":
                 choice = _measure(problem, compute, operands)
-            if choice is not None:
-                ruled = _planned_path(problem, choice, input, weight, dilation, method)
-                make_ready(problem, ruled, choice.path, lambda: compute(ruled, operands))
         if choice is not None:
             return choice.path
     return _planned_path(problem, choice, input, weight, dilation, method)
@@ -220,50 +225,11 @@ def _planned_path(
     path: str = getattr(plan_for(input, weight, dilation, method, "cuda"), problem.kind)
     if not _cuda.is_triton(path) or resolve_method(method) == path:  # who insists on it gets it
         return path
+    if path in _cuda.tuner.broken:
+        return "native"
     if choice is None:
         choice = _cuda.tuner.look_up(problem, _can_compute(problem))
     return "native" if choice is not None and path in choice.rejected else path
-
-
-def make_ready(problem: Problem, planned: str, chosen: str, run: Callable[[], object], variant: str = "") -> None:
-    """Run the path by rule once for each class of problems, as a captured graph takes it and may not load anything.
-
-    Args:
-        problem: What is computed.
-        planned: The path by rule.
-        chosen: The one that is taken, which is ready.
-        run: Computes by the path by rule.
-        variant: Tells apart what is computed along.
-    """
-    if planned == chosen or not _cuda.tuner.is_first(problem, planned + variant):
-        return
-    with suppress(Exception):  # nobody asked for it yet
-        run()
-
-
-def make_fused_ready(
-    input: Tensor, weight: Tensor, method: str, chosen: str, fused: Callable[[str], object], variant: str
-) -> None:
-    """`make_ready` for a convolution and what is computed along with it, which Triton compiles apart.
-
-    Args:
-        input: ``(N, C, H, W)``.
-        weight: ``(C, 1, kH, kW)``.
-        method: As `depthwise_conv2d`.
-        chosen: The path that is taken.
-        fused: Computes by a path.
-        variant: Tells apart what is computed along.
-    """
-    problem = _problem("forward", input, weight, (1, 1))
-    choice = _cuda.tuner.known.get(problem)
-    if choice is not None and _measuring_counts(resolve_method(method)) and (problem, variant) not in _fused_ready:
-        _fused_ready.add((problem, variant))
-        planned = _planned_path(problem, choice, input, weight, (1, 1), method)
-        if _cuda.is_triton(planned):
-            make_ready(problem, planned, chosen, lambda: fused(planned), variant)
-
-
-_fused_ready: set[tuple[Problem, str]] = set()
 
 
 def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], operands: Operands) -> Choice | None:
@@ -287,5 +253,9 @@ def _measure(problem: Problem, compute: Callable[[str, Operands], Tensor], opera
     try:
         with torch.no_grad(), on_device:  # whose stream the clock is on
             return _cuda.tuner.measure(problem, candidates(operands), ("native", "fft"), made_up)
-    except torch.OutOfMemoryError:
-        return None  # what is taken by rule may need less
+    except Exception as error:
+        if is_lost(error):
+            raise
+        # What is taken by rule may need less, and if not says so itself.
+        _log.warning("nothing could be measured for %s: %s", _cuda.tuner.key(problem), error)
+        return None

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -203,10 +202,13 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-# What differs between batches and maps of one class: Triton would compile anew where one is 1 or a multiple of 16.
+# What differs between batches and maps: Triton would compile anew where one is 1 or a multiple of 16. How operands are
+# aligned is in constants of the kernels.
 VARYING = [
     *("batch", "channel_blocks", "image_blocks", "column_tiles", "half_height", "half_width", "left"),
     *("splits", "row_blocks", "channel_first", "kernel_height", "kernel_width", "above"),
+    *("height", "input_width", "input_channel", "input_image"),
+    *("output_width", "output_channel", "output_image", "channel_stride", "image_stride"),
 ]
 
 
@@ -538,6 +540,8 @@ def worth_timing(kind: str, shape: Sequence[int], dtype: torch.dtype, precision:
     if dtype == torch.float32 and precision == "ieee":  # three products each: larger tiles want too many registers
         return ["triton-small"]
     names = ["triton", "triton-wide", "triton-unpadded"]
+    if kind == "weight_gradient" and dtype == torch.float32:
+        names.remove("triton-wide")  # for some maps of a class it takes more shared memory than smaller cards have
     if shape[3] > 32:  # smaller maps are one tile wide
         names.append("triton-narrow")
     if kind != "weight_gradient":
@@ -774,8 +778,11 @@ def _is_faster_turned(map_size: tuple[int, int], kernel_size: tuple[int, int], c
 def _with_pitch(maps: Tensor, vector: int, pad: bool) -> Tensor:
     """Return maps contiguous in NCHW and, if wanted, with zeros after each row up to a whole number of vectors."""
     missing = -maps.shape[3] % vector if pad else 0
-    if missing:
-        return F.pad(maps, (0, missing)).contiguous()
+    if missing:  # F.pad would keep channels_last, and that take a second copy
+        padded = maps.new_empty(*maps.shape[:3], maps.shape[3] + missing)
+        padded[..., : maps.shape[3]] = maps
+        padded[..., maps.shape[3] :] = 0
+        return padded
     maps = maps.contiguous()
     return maps if maps.data_ptr() % 16 == 0 else maps.clone()  # a view may begin anywhere
 

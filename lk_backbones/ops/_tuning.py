@@ -156,7 +156,7 @@ class Tuner:
         self._undecided: dict[Problem, int] = {}
         self._missed: dict[Problem, float] = {}  # when it was looked up in vain
         self._outdated: set[str] = set()  # classes that are to be measured again
-        self._ready: set[tuple[str, str]] = set()
+        self.broken: set[str] = set()  # paths that failed in this process, and not for want of memory
         self._lock = threading.RLock()
         self._warned = self._told_failure = False
 
@@ -237,14 +237,6 @@ class Tuner:
             self._outdated = set(self._choices)
             self.known, self._missed = {}, {}
 
-    def is_first(self, problem: Problem, path: str) -> bool:
-        """Return whether a path was not yet asked about for problems of this class, in this process."""
-        pair = self.key(problem), path
-        with self._lock:
-            first = pair not in self._ready
-            self._ready.add(pair)
-        return first
-
     def measure(
         self,
         problem: Problem,
@@ -276,7 +268,7 @@ class Tuner:
                 return None
             try:
                 reference, expected = _first_result(candidates, references)
-            except torch.OutOfMemoryError:
+            except Exception:
                 self._undecided[problem] = ATTEMPTS + 1  # each further attempt would end like this one
                 raise
             if not _tells_something(expected):
@@ -287,7 +279,8 @@ class Tuner:
                 reference, expected = _first_result(candidates, references)
                 if not _tells_something(expected):
                     return None
-            choice, may_be_kept = self._compare(problem, candidates, reference, expected)
+                made_up = None
+            choice, may_be_kept = self._compare(problem, candidates, reference, expected, made_up)
             self.known[problem] = choice
             key = self.key(problem)
             self._outdated.discard(key)
@@ -298,24 +291,34 @@ class Tuner:
             return choice
 
     def _compare(
-        self, problem: Problem, candidates: Mapping[str, Callable[[], Tensor]], reference: str, expected: Tensor
+        self,
+        problem: Problem,
+        candidates: Mapping[str, Callable[[], Tensor]],
+        reference: str,
+        expected: Tensor,
+        made_up: Callable[[], Mapping[str, Callable[[], Tensor]]] | None,
     ) -> tuple[Choice, bool]:
         """Return the choice, and whether it holds beyond this process."""
+        tolerance = TOLERANCES[problem.dtype, problem.precision]
         rejected: dict[str, str] = {}
         may_be_kept, agreeing = True, {}
         for path, run in candidates.items():  # all of them first: compiling lets the device rest and cool
             try:
-                wrong = disagreement(run(), expected, TOLERANCES[problem.dtype, problem.precision])
+                wrong = disagreement(run(), expected, tolerance)
             except Exception as failure:  # whatever a library throws, others can compute it
-                if isinstance(failure, getattr(torch, "AcceleratorError", ())):
-                    raise  # the device is lost to this process, whatever is chosen
+                if is_lost(failure):
+                    raise
                 rejected[path] = _in_a_line(failure)
-                # There may be more memory the next time, a compiler, room on the disk.
-                may_be_kept = may_be_kept and type(failure).__name__ in ("OutOfResources", "NotImplementedError")
-                self._tell_failure(path, self.key(problem), rejected[path])
+                may_be_kept = may_be_kept and _is_lasting(failure)
+                if not (_is_lasting(failure) or isinstance(failure, torch.OutOfMemoryError)):
+                    self.broken.add(path)
+                self._tell_failure(path, self.key(problem), rejected[path], expected=_is_lasting(failure))
                 continue
             if wrong:
                 rejected[path] = f"wrong numbers: {wrong}"
+                may_be_kept = may_be_kept and (
+                    made_up is None or _is_wrong_again(path, reference, made_up(), tolerance)
+                )
                 _log.warning("path %s is not used for %s: %s", path, self.key(problem), rejected[path])
             else:
                 agreeing[path] = run
@@ -339,10 +342,10 @@ class Tuner:
                 samples[path].append(self._timer(candidates[path], calls[path]))
         return {**first, **{path: statistics.median(taken) for path, taken in samples.items()}}
 
-    def _tell_failure(self, path: str, key: str, reason: str) -> None:
+    def _tell_failure(self, path: str, key: str, reason: str, expected: bool) -> None:
         """Say that a path failed: once per process so that it is seen, as a broken installation would just be slow."""
-        level = logging.INFO if self._told_failure else logging.WARNING
-        self._told_failure = True
+        level = logging.INFO if expected or self._told_failure else logging.WARNING
+        self._told_failure = self._told_failure or not expected
         _log.log(level, "path %s is not used for %s: %s", path, key, reason)
 
     def _read(self) -> None:
@@ -438,6 +441,29 @@ def _chunks(values: Tensor, step: int) -> tuple[Tensor, ...]:
     return values.split(step) if values.dim() else (values,)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether a device is of no use to this process any more, whatever is chosen."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))
+
+
+def _is_lasting(failure: Exception) -> bool:
+    """Return whether a path would fail every time: more memory, a compiler or room on the disk would not help."""
+    lacks_kernel = type(failure).__name__ in ("OutOfResources", "NotImplementedError")
+    return lacks_kernel or "unable to find an engine" in str(failure)  # cuDNN
+
+
+def _is_wrong_again(
+    path: str, reference: str, candidates: Mapping[str, Callable[[], Tensor]], tolerance: float
+) -> bool:
+    """Return whether a path also gives wrong numbers of operands that are as they should be."""
+    try:
+        return bool(disagreement(candidates[path](), candidates[reference](), tolerance))
+    except Exception as failure:
+        if is_lost(failure):
+            raise
+        return False
+
+
 def _first_result(candidates: Mapping[str, Callable[[], Tensor]], references: Sequence[str]) -> tuple[str, Tensor]:
     """Return the first of the references that can compute it, and its result."""
     *others, last = [path for path in references if path in candidates]
@@ -445,13 +471,18 @@ def _first_result(candidates: Mapping[str, Callable[[], Tensor]], references: Se
         try:
             return path, candidates[path]()
         except Exception as failure:  # mostly memory, of which others need less
+            if is_lost(failure):
+                raise
             _log.info("path %s computes nothing to compare with: %s", path, failure)
     return last, candidates[last]()
 
 
 def _tells_something(expected: Tensor) -> bool:
+    """Return whether a result can be compared: errors of tiny numbers vanish, or are those of rounding to zero."""
+    smallest = torch.finfo(expected.dtype).tiny
+    squared = torch.finfo(torch.promote_types(expected.dtype, torch.float32)).tiny
     norm = _norm(expected)
-    return math.isfinite(norm) and norm > 0
+    return math.isfinite(norm) and norm > max(smallest, 1e6 * math.sqrt(squared)) * math.sqrt(expected.numel())
 
 
 def _in_a_line(error: BaseException) -> str:

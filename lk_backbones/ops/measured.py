@@ -36,7 +36,8 @@ def is_measured(input: Tensor) -> bool:
     asked for deterministic algorithms.
     """
     on_cuda = _paths.device_type(input) == "cuda"
-    return on_cuda and resolve_method("auto") == "auto" and not _cuda.must_follow_rule()
+    measures = _cuda.may_measure() and not _cuda.must_follow_rule()
+    return on_cuda and measures and resolve_method("auto") == "auto"
 
 
 def measure_again() -> None:

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lk_backbones.layers import DepthwiseConv2d
 from lk_backbones.ops import (
     _cuda,
+    _fft,
+    _operators,
     _paths,
     _tuning,
     depthwise_conv2d,
@@ -162,42 +164,38 @@ def test_lookup_uses_what_was_measured(pretended_gpu):
     assert len(pretended_gpu["timed"]) == measured
 
 
-def test_what_the_rule_takes_is_ready_when_a_graph_is_captured(pretended_gpu, monkeypatch):
-    pretended_gpu["fft"] = 1.0
-    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")  # for which the rule says Triton
-    tensors = operands()
-    step(tensors)
-    assert explain(*tensors[:2]).forward == "fft"
-    restart()
+def test_what_a_graph_captures_ran_before(pretended_gpu, monkeypatch):
+    pretended_gpu["triton-wide"] = 1.0
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")  # for which the rule says "triton"
     ran = []
-    convolve = _triton.convolve
-    monkeypatch.setattr(_triton, "convolve", lambda *args, **options: ran.append(options) or convolve(*args, **options))
-    depthwise_conv2d(*tensors)
-    assert len(ran) == 1  # not to compute with, but a captured graph may neither compile nor load
-    depthwise_conv2d(*tensors)
-    assert len(ran) == 1
+    convolve = _cuda.convolve
+
+    def watch(input, weight, bias, path, *more):
+        ran.append((len(input), bias is not None, path, *map(bool, more)))
+        return convolve(input, weight, bias, path, *more)
+
+    monkeypatch.setattr(_cuda, "convolve", watch)
+    input, weight, bias = (tensor.detach() for tensor in operands())
+    problems = [torch.cat([input] * times)[:batch] for times, batch in ((4, 8), (3, 6))]  # of one class
+
+    def compute_all():
+        ran.clear()
+        for maps, shift in itertools.product(problems, (None, bias)):
+            depthwise_conv2d(maps, weight, shift)
+            depthwise_conv2d_and_more(maps, weight, shift, relu=True)
+        return set(ran)
+
+    compute_all()
+    warm = compute_all()
+    assert {path for _, _, path, *_ in warm} == {"triton-wide"}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    depthwise_conv2d(*tensors)
-    assert len(ran) == 2
-
-
-def test_what_cannot_be_made_ready_is_of_no_matter(pretended_gpu, monkeypatch):
-    pretended_gpu["fft"] = 1.0
-    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")
-    tensors = operands()
-    step(tensors)
-    restart()
-    tried = []
-
-    def crash(*arguments, **options):
-        tried.append(options)
-        raise RuntimeError("Failed to find C compiler")  # which was there when it was measured
-
-    monkeypatch.setattr(_triton, "convolve", crash)
-    monkeypatch.setattr(_triton, "weight_gradient", crash)
-    assert close(step(tensors), expected(tensors))
-    assert len(tried) == 3
+    assert compute_all() == warm  # kernels cannot be loaded while a graph is captured
+    timed = len(pretended_gpu["timed"])
+    ran.clear()
+    depthwise_conv2d(input.repeat(1, 1, 2, 2), weight)
+    assert len(pretended_gpu["timed"]) == timed  # nor may anything be measured
+    assert [path for _, _, path, *_ in ran] == ["triton"]
 
 
 def test_the_rule_decides_where_nothing_may_depend_on_measuring(pretended_gpu, monkeypatch):
@@ -210,9 +208,9 @@ def test_the_rule_decides_where_nothing_may_depend_on_measuring(pretended_gpu, m
     assert explain(*tensors[:2]).forward == "native"
     step(operands(torch.float64))  # something new
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     assert explain(*tensors[:2]).forward == "native"
+    step(operands(torch.float64))
     assert len(pretended_gpu["timed"]) == measured
 
 
@@ -278,16 +276,61 @@ def test_a_path_that_crashes_is_never_adopted(pretended_gpu, monkeypatch):
     assert close(step(tensors), expected(tensors))
     (choice, *_) = _cuda.tuner.known.values()
     assert choice.rejected["triton"] == "RuntimeError: out of resource: shared memory"
-    # Nor does the rule, or what makes its path ready for graphs, run into it.
+    # Nor does the rule run into it, also where nothing could be measured.
     monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")
     tensors = operands()
     assert _paths.plan_for(*tensors[:2], (1, 1), "rule", "cuda").forward == "triton"
     assert close(step(tensors), expected(tensors))
     assert close(step(tensors, method="rule"), expected(tensors))
     assert explain(*tensors[:2], method="rule").forward == "native"
+    (depthwise_conv2d(*operands(torch.float16)) * 0).sum().backward()
     torch.use_deterministic_algorithms(True)
     assert close(step(tensors), expected(tensors))
     torch.use_deterministic_algorithms(False)
+
+
+def test_a_path_that_lacks_memory_once_is_not_given_up(pretended_gpu, monkeypatch):
+    convolve = _triton.convolve
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_triton, "convolve", full)
+    depthwise_conv2d(*operands())
+    monkeypatch.setattr(_triton, "convolve", convolve)
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")
+    assert explain(*operands()[:2], method="rule").forward == "triton"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuFFT error: 5")])
+def test_where_nothing_can_be_compared_with_the_rule_decides(pretended_gpu, monkeypatch, caplog, error):
+    monkeypatch.setattr(_cuda, "precision", lambda dtype: "tf32")  # for which the rule says "triton"
+    tried = []
+
+    def fail(*arguments, **options):
+        tried.append(arguments)
+        raise error
+
+    tensors = operands()
+    exact = expected(tensors)[:1]
+    monkeypatch.setattr(_operators, "native", fail)
+    monkeypatch.setattr(_fft, "convolve", fail)
+    for _ in range(3):
+        assert close([depthwise_conv2d(*tensors)], exact)
+    assert len(tried) == 2  # once by each
+    assert caplog.text.count("nothing could be measured for Pretended Card (9.0)") == 1
+
+
+def test_a_triton_without_a_compiler_is_done_without(monkeypatch, caplog):
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_triton.triton.runtime, "driver", Driver())
+    assert _cuda._kernels.__wrapped__() is None
+    assert "as Triton cannot be used: Failed to find C compiler" in caplog.text
 
 
 def test_a_first_step_whose_gradients_are_zero_or_not_finite_decides_nothing(pretended_gpu):

@@ -96,9 +96,27 @@ def test_the_fastest_of_those_that_agree_is_taken(file, caplog):
     assert clock.calls.count("slow") == 1  # far slower than the best: not timed at length
     assert clock.calls.count("quick") == 1 + _tuning.SAMPLES
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == 4
+    assert len(warned) == 3  # one of each that is wrong; that a path does not exist for a card is no news
     assert "path wrong is not used for Card 0 (9.0); torch" in warned[0]
     assert tuner(file, clock).look_up(problem()) == choice  # all of it is so the next time too
+
+
+@pytest.mark.parametrize(("scale", "decided"), [(1e-3, True), (1e-12, True), (1e-15, False), (0.0, False)])
+def test_the_smallest_numbers_tell_nothing(file, scale, decided):
+    clock = Clock(native=10.0, quick=1.0)
+    results = candidates(quick=RESULT * scale, native=RESULT * scale)
+    assert (tuner(file, clock).measure(problem(), results, ["native"]) is not None) == decided
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_wrong_numbers_are_remembered_only_if_ordinary_operands_give_them_too(file, confirmed):
+    clock = Clock(native=10.0, quick=1.0)
+    ours = tuner(file, clock)
+    made_up = candidates(quick=RESULT * (2 if confirmed else 1), native=RESULT)
+    choice = ours.measure(problem(), candidates(quick=RESULT * 2, native=RESULT), ["native"], lambda: made_up)
+    assert choice.path == "native"  # on this input it is wrong in any case
+    assert ours.look_up(problem()) == choice
+    assert tuner(file, clock).look_up(problem()) == (choice if confirmed else None)
 
 
 def test_the_median_counts(file):
