@@ -19,6 +19,8 @@ from lk_backbones.ops import _triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 0):
     pytest.skip("the kernels are for compute capability 8.0 and newer", allow_module_level=True)
+# On a GPU these are the kernels as they are, which nothing else shows.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 # The interpreter takes its time, so small blocks; what differs between the configurations is in them.
 CONFIGS = (
