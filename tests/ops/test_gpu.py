@@ -1,6 +1,8 @@
 """The operator on a real GPU: real shapes against float64, and inside the programs that users run there."""
 
+import contextlib
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import lk_backbones
 from lk_backbones.ops import (
     _cuda,
+    _operators,
     _tuning,
     depthwise_conv2d,
     depthwise_conv2d_and_more,
@@ -154,22 +157,166 @@ def test_compiled_programs(mode):
             assert_golden(compiled(images).cpu(), expected, MODEL_TOLERANCE)
 
 
+def warm_up(*programs):
+    """Run programs as PyTorch asks before they are captured: on another stream, so that all they need is loaded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for program in programs * 3:
+            program()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(program):
+    """What a program computes as a CUDA graph, and the paths that are in it."""
+    graph = torch.cuda.CUDAGraph()
+    with paths_taken() as paths, torch.cuda.graph(graph):
+        outputs = program()
+    for output in outputs:
+        output.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return [output.detach().clone() for output in outputs], paths
+
+
+@contextlib.contextmanager
+def paths_taken():
+    """Collect the paths by which anything is computed within a block."""
+    paths = set()
+
+    def watch(module, name, position):
+        original = getattr(module, name)
+        patch.setattr(module, name, lambda *args, **more: paths.add(args[position]) or original(*args, **more))
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch(_operators, "_convolve_by", 0)
+        watch(_operators, "_gradients_by", 0)
+        watch(_cuda, "convolve", 3)
+        yield paths
+
+
+@pytest.fixture
+def set_fastest(monkeypatch, tmp_path):
+    """Lets a path win all that is measured from then on, of which nothing is known before."""
+
+    def set_path(path):
+        def clock(run, calls):
+            return 1.0 if run.args[0] == path else 100.0
+
+        tuner = _tuning.Tuner(_cuda.device_name, clock, tmp_path / f"{path}.json", _cuda.tuner._releases)
+        monkeypatch.setattr(_cuda, "tuner", tuner)
+
+    monkeypatch.delenv("LK_BACKBONES_DEPTHWISE", raising=False)
+    return set_path
+
+
+def step(input, weight, bias, grad, method="auto"):
+    """Output and gradients."""
+    wanted = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    output = depthwise_conv2d(input, weight, bias, method=method)
+    return [output, *torch.autograd.grad(output, wanted, grad)]
+
+
+def inference(input, weight, bias, addend, relu):
+    return [depthwise_conv2d_and_more(input, weight, bias, addend, relu)]
+
+
+def exact_step(input, weight, bias, grad):
+    tensors = [None if tensor is None else tensor.detach().double() for tensor in (input, weight, bias)]
+    wanted = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
+    output = plain(*tensors)
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad.double())]
+
+
+def exact_inference(input, weight, bias, addend, relu):
+    output = plain(*(None if tensor is None else tensor.detach().double() for tensor in (input, weight, bias)))
+    output = output if addend is None else output + addend.double()
+    return [output.relu() if relu else output]
+
+
+def two_batches(dtype=torch.bfloat16):
+    """Arguments of `step` with and without a bias, for two batches of one class: only the first is measured."""
+    for batch in (4, 5):
+        input, weight, grad = operands((batch, 64, 28, 28), (13, 13), dtype)
+        bias = torch.linspace(-1, 1, 64, device=DEVICE, dtype=dtype).requires_grad_()
+        yield from ((input, weight, None, grad), (input, weight, bias, grad))
+
+
+def assert_close(actual, exact, tolerance):
+    """Compare output and gradients; those but the input's are sums over the batch and the map."""
+    assert len(actual) == len(exact)
+    for which, (mine, theirs) in enumerate(zip(actual, exact, strict=True)):
+        assert relative_error(mine, theirs) <= tolerance * (1 if which < 2 else 2), which
+
+
 def test_captured_graphs():
-    input, weight, _ = operands((4, 64, 56, 56), (31, 31), torch.bfloat16)
+    input, weight, grad = operands((4, 64, 56, 56), (31, 31), torch.bfloat16)
+    program = functools.partial(step, input, weight, None, grad)
+    warm_up(program)
+    outputs, _ = captured(program)
+    # What is expected is computed last, so that nothing but the warm-up loads what the graph takes.
+    assert_close(outputs, exact_step(input, weight, None, grad), allowed(torch.bfloat16))
+
+
+@pytest.mark.parametrize("path", ["fft", "native", "native-channels_last", "triton-small"])
+def test_captured_graphs_take_what_was_measured(path, set_fastest):
+    if path == "triton-small" and not HAS_KERNELS:
+        pytest.skip("the kernels are for compute capability 8.0 and newer")
+    set_fastest(path)
+    cases = list(two_batches())
+    programs = [functools.partial(step, *case) for case in cases]
+    warm_up(*programs)
+    graphs = [captured(program) for program in programs]
+    assert len(_cuda.tuner.entries()) == 3  # one class of each result
+    for (outputs, paths), case in zip(graphs, cases, strict=True):
+        assert paths == {path}
+        assert_close(outputs, exact_step(*case), allowed(torch.bfloat16))
+
+
+@pytest.mark.parametrize("path", ["fft", "native", "triton-small"])
+def test_captured_graphs_of_fused_inference(path, set_fastest):
+    if path == "triton-small" and not HAS_KERNELS:
+        pytest.skip("the kernels are for compute capability 8.0 and newer")
+    set_fastest(path)
+    cases = []
+    for input, weight, bias, addend in two_batches():
+        cases += [(input, weight, bias, more, relu) for more in (None, addend) for relu in (False, True)]
+    programs = [functools.partial(inference, *case) for case in cases]
     with torch.no_grad():
-        expected = depthwise_conv2d(input, weight, method="rule")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                depthwise_conv2d(input, weight)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = depthwise_conv2d(input, weight)
-        output.zero_()
-        graph.replay()
-        torch.testing.assert_close(output, expected)
+        warm_up(*programs)
+        graphs = [captured(program) for program in programs]
+    for (outputs, paths), case in zip(graphs, cases, strict=True):
+        assert paths == {path}
+        assert_close(outputs, exact_inference(*case), allowed(torch.bfloat16))
+
+
+def test_captured_graphs_take_the_rule_where_nothing_is_known(set_fastest):
+    set_fastest("native-channels_last")
+    cases = list(two_batches())
+    warm_up(*(functools.partial(step, *case, method="rule") for case in cases))
+    graphs = [captured(functools.partial(step, *case)) for case in cases]
+    assert not _cuda.tuner.entries()
+    for (outputs, paths), case in zip(graphs, cases, strict=True):
+        plan = explain(*case[:2], method="rule")
+        assert paths == {plan.forward, plan.input_gradient, plan.weight_gradient}
+        assert_close(outputs, exact_step(*case), allowed(torch.bfloat16))
+
+
+def test_captured_graphs_of_deterministic_algorithms_take_the_rule(set_fastest):
+    set_fastest("native-channels_last")
+    cases = list(two_batches())
+    programs = [functools.partial(step, *case) for case in cases]
+    exact = [exact_step(*case) for case in cases]
+    warm_up(*programs)
+    assert explain(*cases[0][:2]).forward == "native-channels_last"
+    torch.use_deterministic_algorithms(True)
+    warm_up(*programs)
+    graphs = [captured(program) for program in programs]
+    torch.use_deterministic_algorithms(False)
+    for (outputs, paths), case, expected in zip(graphs, cases, exact, strict=True):
+        plan = explain(*case[:2], method="rule")
+        assert paths == {plan.forward, plan.input_gradient, plan.weight_gradient}
+        assert_close(outputs, expected, allowed(torch.bfloat16))
 
 
 @needs_kernels
