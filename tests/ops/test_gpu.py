@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import lk_backbones
+from lk_backbones.layers import DepthwiseConv2d
 from lk_backbones.ops import (
     _cuda,
     _operators,
@@ -347,14 +348,27 @@ def test_the_second_device():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_training_under_autocast(dtype):
+def test_training_under_autocast(dtype, monkeypatch):
+    seen = []
+
+    def watched(input, weight, *rest):
+        input, weight = input.clone(), weight.clone()  # of which the gradients are those of this convolution alone
+        output = depthwise_conv2d(input, weight, *rest)
+        for tensor in (input, weight, output):
+            tensor.retain_grad()
+        seen.append((input, weight, output))
+        return output
+
+    monkeypatch.setattr("lk_backbones.layers.depthwise.depthwise_conv2d", watched)
     torch.manual_seed(0)
     model = timm.create_model("replknet_31n", num_classes=4).to(DEVICE)
+    large = sum(isinstance(module, DepthwiseConv2d) and min(module.kernel_size) > 5 for module in model.modules())
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
     images, labels = torch.randn(16, 3, 64, 64, device=DEVICE), torch.randint(4, (16,), device=DEVICE)
-    losses = []
+    losses, finite = [], []
     for _ in range(30):
+        seen.clear()
         optimizer.zero_grad()
         with torch.autocast(DEVICE, dtype):
             loss = F.cross_entropy(model(images), labels)
@@ -362,7 +376,18 @@ def test_training_under_autocast(dtype):
         scaler.step(optimizer)
         scaler.update()
         losses.append(loss.item())
+        if all(tensor.grad.isfinite().all() for tensors in seen for tensor in tensors):  # else the step was left out
+            finite = list(seen)
     assert losses[-1] < 0.5 * losses[0]
+    # The loss falls without large kernels too, so each of them has to compute what it should.
+    assert sum(min(weight.shape[2:]) > 5 for _, weight, _ in finite) == large
+    for input, weight, output in finite:
+        assert output.dtype == dtype
+        tensors = [tensor.detach().to(dtype).double().requires_grad_() for tensor in (input, weight)]
+        exact = plain(*tensors)
+        exact_grads = torch.autograd.grad(exact, tensors, output.grad.double())
+        results = [output.detach(), input.grad, weight.grad]
+        assert_close(results, [exact.detach(), *exact_grads], allowed(dtype))
 
 
 @needs_kernels
