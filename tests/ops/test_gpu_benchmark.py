@@ -56,6 +56,8 @@ def check_every_section_is_there(pretended: Pretended) -> None:
     assert set(content["rates"]) == {"bfloat16", "float16", "tf32", "float32", "copy_gb_per_second"}
     assert content["machine"]["torch"] == torch.__version__
     assert not content["failures"]
+    assert set(content["condition"]) == {"begin", "end"}
+    assert all(own["bfloat16"] > 0 for own in content["condition"].values())
     assert "min left] " in output
     assert "asked for | measured | met" in output
 
@@ -181,7 +183,7 @@ def test_a_candidate_that_ends_its_process_is_noted_and_never_run_again(
     workers = parts["workers"].Workers([sys.executable, "-c", WORKER], 2, said.append)
     settings = parts["operator"].stage_settings()[:2]
     try:
-        workers.check(settings, time.monotonic() + 60)
+        workers.check(settings, time.monotonic() + 60, time.monotonic() + 90)
     finally:
         workers.close()
     assert forbidden == ["deadly", "deadly"]
@@ -199,7 +201,7 @@ def test_without_workers_it_goes_on(parts: dict[str, ModuleType]) -> None:
     said: list[str] = []
     workers = parts["workers"].Workers([sys.executable, "-c", "pass"], 2, said.append)
     settings = parts["operator"].stage_settings()[:2]
-    workers.check(settings, time.monotonic() + 60)
+    workers.check(settings, time.monotonic() + 60, time.monotonic() + 90)
     assert not any(map(workers.is_checked, settings))
     assert any("no worker could be started" in text for text in said)
 
@@ -240,6 +242,7 @@ def test_targets_are_judged_by_the_figures(parts: dict[str, ModuleType]) -> None
             "paths": {"triton": figures(ours), "fft": figures(1.0), "native": figures(4.0), "cudnn": figures(1.2)},
             "toeplitz_ms": 0.1,
             "failed": {},
+            "tuned_among": ["triton", "fft", "native"],
         }
         case = setting.case
         return {
