@@ -368,7 +368,8 @@ def _watch(run: Run, folder: Path) -> None:
     """End the program when it compiles as its time is up, or hangs beyond it."""
     while True:
         compiling = run.compiling
-        if run.left <= -(0.0 if compiling else GRACE + LAST_SAVE if run.ending else GRACE):
+        grace = 0.0 if compiling else GRACE + (LAST_SAVE if run.ending else 0.0)
+        if run.left <= -grace:
             break
         time.sleep(1)
     if compiling:
@@ -377,7 +378,7 @@ def _watch(run: Run, folder: Path) -> None:
     else:
         run.say("something does not come to an end: saving and leaving")
         run.content["state"] = "did not come to an end"
-        run.content["failures"].append({"where": "the end", "what": f"still busy {GRACE:.0f} s after the time was up"})
+        run.content["failures"].append({"where": "the end", "what": f"still busy {grace:.0f} s after the time was up"})
 
     def leave() -> None:
         run.save(plots=True)
