@@ -469,7 +469,7 @@ def main() -> int:
             run.say(f"{run.content['machine']['card']}: its own rates")
             run.content["rates"] = measure_rates(sections.watch)
             run.say(gpu_report.rates_line(run.content["rates"]))
-            run.content["condition"]["begin"] = measure_condition(sections.watch)
+            run.content["condition"]["beginning"] = measure_condition(sections.watch)
             run.save()
             sections.measure()
             run.ending = True

@@ -45,7 +45,7 @@ def pytorch(result: dict[str, Any]) -> tuple[str, float]:
 
 
 def is_one_kernel(result: dict[str, Any]) -> bool:
-    """Return whether PyTorch's operator is as fast whichever library it is told to use: it was not asked."""
+    """Return whether PyTorch's operator takes as long whichever library it is told to use, as where it does not ask."""
     times = [median(result["paths"].get(path)) for path in ONE_KERNEL]
     known = [time for time in times if time is not None]
     return len(known) == len(ONE_KERNEL) and max(known) <= 1.03 * min(known)
@@ -281,7 +281,7 @@ SLOWED_BY = {
 
 
 def condition_line(condition: dict[str, dict[str, Any]]) -> str:
-    """Return in words how the card was under load at the begin and at the end."""
+    """Return in words how the card was under load, at the beginning and at the end."""
     parts = []
     for when, own in condition.items():
         rate = own.get("bfloat16")

@@ -78,7 +78,7 @@ class Workers:
         progress: Told what goes wrong.
         found: What they found: by setting, result and path.
         complete: Settings of which everything was checked.
-        deadly: Settings that cost a worker before any candidate began, and how it ended.
+        deadly: Settings that cost a worker while no candidate ran, as by their reference, and how it ended.
     """
 
     command: list[str]
@@ -181,7 +181,7 @@ class Workers:
                         cause = f"it was not done after {taken:.0f} s"
                     if at is None:
                         self.deadly[label] = cause
-                        self.progress(f"{label} cost its process before any candidate, and is left out: {cause}")
+                        self.progress(f"{label} cost its process while no candidate ran, and is left out: {cause}")
                         return None
                     own[at[0]][at[1]] = {"kind": at[0], "path": at[1], "failed": f"its process was lost: {cause}"}
                     forbid(at[1])

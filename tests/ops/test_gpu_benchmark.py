@@ -56,7 +56,7 @@ def check_every_section_is_there(pretended: Pretended) -> None:
     assert set(content["rates"]) == {"bfloat16", "float16", "tf32", "float32", "copy_gb_per_second"}
     assert content["machine"]["torch"] == torch.__version__
     assert not content["failures"]
-    assert set(content["condition"]) == {"begin", "end"}
+    assert set(content["condition"]) == {"beginning", "end"}
     assert all(own["bfloat16"] > 0 for own in content["condition"].values())
     assert "min left] " in output
     assert "asked for | measured | met" in output
@@ -316,7 +316,7 @@ def test_a_candidate_that_ends_its_process_is_noted_and_never_run_again(
         assert all("failed" not in own["b"] for own in found.values())
 
 
-@pytest.mark.parametrize(("suspect", "seconds"), [(0.0, 1.5), (60.0, 0.3)])
+@pytest.mark.parametrize(("suspect", "seconds"), [(0.0, 1.0), (60.0, 0.3)])
 def test_a_candidate_that_hangs_when_workers_are_ended_is_to_blame(
     parts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, suspect: float, seconds: float
 ) -> None:
@@ -423,8 +423,9 @@ def test_a_process_that_cannot_be_killed_is_left(parts: dict[str, ModuleType], m
     assert not worker.is_alive()
 
 
-def test_every_path_that_is_timed_is_checked(parts: dict[str, ModuleType]) -> None:
+def test_every_path_that_is_timed_is_checked(parts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     operator, device = parts["operator"], parts["device"]
+    monkeypatch.setattr(operator, "free_memory", lambda: None)  # collecting takes a while in a large process
     setting = operator.Setting(operator._case("stages", 2, 4, 6, 5))
     known = {
         "native": {"error": 0.5, "kernels": []},
@@ -560,12 +561,12 @@ def test_paths_of_pytorch_that_are_one_kernel_count_as_one(parts: dict[str, Modu
 
 def test_a_card_that_was_slowed_down_is_told(parts: dict[str, ModuleType]) -> None:
     condition = {
-        "begin": {"bfloat16": 790.0, "clocks.sm": "1980 MHz", "clocks_event_reasons.active": "0x0000000000000000"},
+        "beginning": {"bfloat16": 790.0, "clocks.sm": "1980 MHz", "clocks_event_reasons.active": "0x0000000000000000"},
         "end": {"bfloat16": 700.0, "temperature.gpu": "84", "clocks_event_reasons.active": "0x0000000000000024"},
     }
     assert parts["report"].condition_line(condition) == (
-        "Under load: at the begin 790 TFLOP/s bfloat16, clocks.sm 1980 MHz, not slowed down; at the end 700 TFLOP/s "
-        "bfloat16, temperature.gpu 84, slowed down by power limit, temperature (software)."
+        "Under load: at the beginning 790 TFLOP/s bfloat16, clocks.sm 1980 MHz, not slowed down; at the end 700 "
+        "TFLOP/s bfloat16, temperature.gpu 84, slowed down by power limit, temperature (software)."
     )
     failed = parts["report"].condition_line({"end": {"failed": "out of memory"}})
     assert failed == "Under load: at the end out of memory, whether it was slowed down is unknown."
