@@ -13,8 +13,9 @@ after every shape and every group of models, so that a run cut short leaves what
 Beside the JSON it writes a .md with tables and, if matplotlib is there, plots. Compiled kernels and choices go to a
 folder of its own that it removes: what the user's cache knows neither counts nor changes.
 
-Exit status: 0 when done, also when the time was up; 2 without a CUDA device; 3 if the device stopped working half-way,
-or something did not come to an end; 130 or 143 if it was interrupted. Files are written in any case but 2.
+Exit status: 0 when done, also when the time was up, even in the middle of ``torch.compile``; 2 without a CUDA device; 3
+if the device stopped working half-way, or something did not come to an end; 130 or 143 if it was interrupted. Files are
+written in any case but 2.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import contextlib
 import datetime
 import json
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -52,7 +54,9 @@ from gpu_device import (
     Stopwatch,
     describe_device,
     explain_failure,
+    forbidden,
     free_memory,
+    measure_condition,
     measure_rates,
     pretend,
     use_folders_of_our_own,
@@ -64,6 +68,10 @@ from lk_backbones._files import write_atomically
 
 BEGIN = time.monotonic()
 GRACE = 25.0  # seconds after the time is up until the program ends whatever it is at
+LAST_SAVE = 15.0  # seconds for the last files
+SHORT = 5.0  # seconds of a job that may be begun with less than it takes
+CHECKED, UNCHECKED = 5.0, 15.0  # seconds for a setting of the operator, by whether workers have compiled it
+LEAST_CHECK = 60.0  # seconds of a section in which workers check and compile
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 # Section -> its share of the time, in the order of importance. What one leaves is shared by those that follow.
 SHARES = {"stages": 0.24, "tuning": 0.11, "models": 0.24, "paper": 0.17, "shapes": 0.13, "more models": 0.11}
@@ -97,6 +105,8 @@ class Run:
         pretended: Whether nothing of it is real.
         device: Where.
         content: What is in the JSON.
+        compiling: Whether it is in ``torch.compile``, which cannot be interrupted and may take minutes.
+        ending: Whether all is measured and only the last files are to be written.
     """
 
     stem: Path
@@ -104,6 +114,8 @@ class Run:
     pretended: bool
     device: torch.device
     content: dict[str, Any] = field(default_factory=dict)
+    compiling: bool = False
+    ending: bool = False
     _saving: threading.Lock = field(default_factory=threading.Lock)
     _warned: bool = False
 
@@ -140,6 +152,12 @@ class Run:
                         self.say(f"no plots: {type(error).__name__}: {error}")
                     self._warned = True
 
+    def sum_up(self) -> None:
+        """Print what was asked for, what came out, and where everything is."""
+        plots = ", plots" if list(self.stem.parent.glob(f"{self.stem.name}_*.png")) else ""
+        print("\n" + "\n".join(gpu_report.target_lines(self.content)))
+        print(f"{self.content['state']}; files: {self.stem}.json, {self.stem}.md{plots}", flush=True)
+
 
 def _finite(value: Any) -> Any:
     """``value`` with ``None`` for what JSON has no number for."""
@@ -158,12 +176,16 @@ class Sections:
         self.folder = folder
         self.wanted = wanted or list(SHARES)
         self.watch = Stopwatch(run.device)
-        self.workers = Workers(self._helper("gpu_workers.py"), self._worker_count(), run.say)
+        self.workers = Workers(self._helper("gpu_workers.py"), self._worker_count(), self._tell_of_workers)
 
     def _helper(self, program: str) -> list[str]:
         """Return the command that starts one of the programs beside this one."""
         command = [sys.executable, str(Path(__file__).resolve().with_name(program))]
-        return [*command, *(["--pretend"] if self.run.pretended else ["--device", str(self.run.device.index)])]
+        command += ["--pretend"] if self.run.pretended else ["--device", str(self.run.device.index)]
+        return [*command, *(f"--forbid={path}" for path in sorted(forbidden))]
+
+    def _tell_of_workers(self, what: str) -> None:
+        self.run.failed("checking and compiling", what)
 
     def _worker_count(self) -> int:
         if self.run.device.type != "cuda":
@@ -175,15 +197,15 @@ class Sections:
     def jobs(self, section: str) -> list[Job]:
         """Return what a section measures, the important first."""
         if section in ("stages", "paper", "shapes"):
+            seconds = 2.0 if self.run.pretended else UNCHECKED
             return [
-                Job(setting.label, 2.0, lambda setting=setting: self._operator(setting))  # type: ignore[misc]
+                Job(setting.label, seconds, lambda setting=setting: self._operator(setting))  # type: ignore[misc]
                 for setting in self.settings(section)
             ]
         if section == "tuning":
-            seconds = (5.0,) if self.run.pretended else (40.0, 25.0, 20.0)
             probes = [
-                Job(state, own, lambda state=state: self._tuning(state))  # type: ignore[misc]
-                for state, own in zip(TUNING_STATES, seconds, strict=False)
+                Job(state, own, lambda state=state, own=own: self._tuning(state, own))  # type: ignore[misc]
+                for state, own in zip(TUNING_STATES, (5.0,) if self.run.pretended else (40.0, 25.0, 20.0), strict=False)
             ]
             return [Job("looking up", 2.0, self._look_up), *probes]
         if self.run.pretended:
@@ -204,7 +226,9 @@ class Sections:
         return makers[section]()
 
     def _operator(self, setting: Setting) -> None:
-        found = self.workers.found.get(setting.label, {}) if self.workers.is_checked(setting) else {}
+        if (cause := self.workers.deadly.get(setting.label)) is not None:
+            raise RuntimeError(f"it may cost this process too: {cause}")
+        found = self.workers.found.get(setting.label, {})
         rates = self.run.content["rates"]
         seconds = 0.01 if self.run.pretended else 0.6
         row = gpu_operator.measure(setting, self.watch, rates, found, seconds)
@@ -221,15 +245,20 @@ class Sections:
         self.run.content["look_up"] = found = gpu_tuning.measure_look_up(self.run.device)
         self.run.say(f"a look-up adds {found['added_microseconds']:.1f} µs")
 
-    def _tuning(self, state: str) -> None:
-        """Tune a network in a process of its own, whose caches are empty, half empty, or as the last one left them."""
+    def _tuning(self, state: str, seconds: float) -> None:
+        """Tune a network in a process of its own, whose caches are empty, half empty, or as the last one left them.
+
+        Args:
+            state: One of `TUNING_STATES`.
+            seconds: That it takes, about; a process that hangs must not take those of everything else.
+        """
         folder = self.folder / "tuning"
         first = state == TUNING_STATES[0]
         if not first and "tuning_seconds" not in self.run.content["tuning"].get(TUNING_STATES[0], {}):
             raise RuntimeError(f"'{TUNING_STATES[0]}' did not work, on which this builds")
         choices = folder / ("choices of the first" if first else "choices of the others")
         environment = {**os.environ, "LK_BACKBONES_CACHE": str(choices), "TRITON_CACHE_DIR": str(folder / "triton")}
-        limit = max(10.0, self.run.left)
+        limit = min(max(10.0, self.run.left), max(60.0, 3 * seconds))
         answer = subprocess.run(
             self._helper("gpu_tuning.py"), env=environment, capture_output=True, text=True, timeout=limit
         )
@@ -242,7 +271,11 @@ class Sections:
 
     def _models(self, group: gpu_models.Group) -> None:
         seconds = 0.05 if self.run.pretended else 1.5
-        found = gpu_models.measure_group(group, self.run.device, seconds, self.run.say)
+        self.run.compiling = group.compiled
+        try:
+            found = gpu_models.measure_group(group, self.run.device, seconds, self.run.say)
+        finally:
+            self.run.compiling = False
         self.run.content["models"].append(found)
         for label, entry in found["models"].items():
             rate = entry.get("images_per_second")
@@ -263,10 +296,17 @@ class Sections:
         for section, jobs in left_out.items():
             if jobs and run.left > 5:
                 run.say(f"once more {section}, {len(jobs)} left")
-                self._section(section, jobs, run.left)
+                self._section(section, jobs, run.left, again=True)
 
-    def _section(self, section: str, jobs: list[Job], seconds: float) -> list[Job]:
-        """Do jobs for some seconds; return those that there was no time for."""
+    def _section(self, section: str, jobs: list[Job], seconds: float, again: bool = False) -> list[Job]:
+        """Do jobs for some seconds; return those that there was no time for.
+
+        Args:
+            section: Which.
+            jobs: What to do.
+            seconds: How long.
+            again: Whether they were left out before; these seconds are the last of the run, and nothing may take more.
+        """
         run, begin = self.run, time.monotonic()
         deadline = begin + seconds
         state = run.content["sections"].setdefault(section, {"state": "", "seconds": 0.0, "left_out": []})
@@ -281,31 +321,35 @@ class Sections:
             state["seconds"] = before + time.monotonic() - begin
 
         note()
-        if section in ("stages", "paper", "shapes") and seconds > 5:
+        if section in ("stages", "paper", "shapes") and seconds >= (5 if run.pretended else LEAST_CHECK):
             labels = {job.label for job in todo}
             settings = [setting for setting in self.settings(section) if setting.label in labels]
             run.say(f"checking and compiling in {self.workers.count} processes")
-            self.workers.check(settings, begin + 0.55 * seconds)
+            self.workers.check(settings, begin + 0.55 * seconds, deadline)
             checked = {setting.label for setting in settings if self.workers.is_checked(setting)}
             run.say(f"{len(checked)} of {len(settings)} checked")
+            for job in todo:
+                if job.label in checked:
+                    job.seconds = min(job.seconds, CHECKED)
             todo.sort(key=lambda job: job.label not in checked)  # what is compiled is quickly done
         elif section in ("models", "more models") and run.content["machine"].get("memory_gb", 64) < 64:
             self.workers.close()  # their contexts take memory that models may need
         while todo:
-            job = todo.pop(0)
-            # The first is begun with less, too: better one figure too late than none.
-            if deadline - time.monotonic() < (job.seconds if begun else 0.3 * job.seconds):
-                waiting.append(job)
+            job = todo[0]
+            # A short one that is the first is begun with less, too: better one figure too late than none.
+            hurried = not begun and not again and job.seconds <= SHORT
+            if deadline - time.monotonic() < (0.3 if hurried else 1.0) * job.seconds:
+                waiting.append(todo.pop(0))
                 continue
             begun = True
+            note()  # what is cut short counts as left out
             try:
                 job.run()
             except DeviceLost:
-                todo.insert(0, job)
-                note()
                 raise
             except Exception as error:
                 run.failed(f"{section}, {job.label}", explain_failure(error))
+            todo.pop(0)
             free_memory()
             note()
             run.save()
@@ -320,23 +364,59 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _watch(run: Run) -> None:
-    """End the program when it hangs beyond its time."""
-    while run.left > -GRACE:
+def _watch(run: Run, folder: Path) -> None:
+    """End the program when it compiles as its time is up, or hangs beyond it."""
+    while True:
+        compiling = run.compiling
+        grace = 0.0 if compiling else GRACE + (LAST_SAVE if run.ending else 0.0)
+        if run.left <= -grace:
+            break
         time.sleep(1)
-    run.say("something does not come to an end: saving and leaving")
-    run.content["state"] = "did not come to an end"
-    run.content["failures"].append({"where": "the end", "what": f"still busy {GRACE:.0f} s after the time was up"})
-    saving = threading.Thread(target=run.save, daemon=True)  # what hangs may hang in saving
-    saving.start()
-    saving.join(15)
-    stop_workers()
-    os._exit(3)
+    if compiling:
+        run.say("the time is up while a model is being compiled: saving and leaving")
+        run.content["state"] = "the time was up"
+    else:
+        run.say("something does not come to an end: saving and leaving")
+        run.content["state"] = "did not come to an end"
+        run.content["failures"].append({"where": "the end", "what": f"still busy {grace:.0f} s after the time was up"})
+
+    def leave() -> None:
+        run.save(plots=True)
+        run.sum_up()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    leaving = threading.Thread(target=leave, daemon=True)  # what hangs may hang in saving
+    leaving.start()
+    leaving.join(LAST_SAVE)
+    stop_workers(patience=0.0)
+    os._exit(0 if compiling else 3)
 
 
 def _card_name(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "pretended card"
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def new_content(pretended: bool, minutes: float, card: str) -> dict[str, Any]:
+    """Return what the JSON holds when nothing is measured yet."""
+    return {
+        "format": 1,
+        "pretended": pretended,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "minutes": minutes,
+        "state": "running",
+        "seconds": 0.0,
+        "machine": {"card": card},
+        "rates": {},
+        "condition": {},
+        "targets": [],
+        "sections": {name: {"state": "not begun", "seconds": 0.0, "left_out": []} for name in SHARES},
+        "operator": [],
+        "tuning": {},
+        "look_up": {},
+        "models": [],
+        "failures": [],
+    }
 
 
 def main() -> int:
@@ -373,29 +453,13 @@ def main() -> int:
     if arguments.pretend:
         stem = stem.with_name(f"{stem.name}_pretended")
     run = Run(stem, 60 * arguments.minutes, arguments.pretend, device)
-    run.content = {
-        "format": 1,
-        "pretended": arguments.pretend,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "minutes": arguments.minutes,
-        "state": "running",
-        "seconds": 0.0,
-        "machine": {"card": _card_name(device)},
-        "rates": {},
-        "targets": [],
-        "sections": {name: {"state": "not begun", "seconds": 0.0, "left_out": []} for name in SHARES},
-        "operator": [],
-        "tuning": {},
-        "look_up": {},
-        "models": [],
-        "failures": [],
-    }
+    run.content = new_content(arguments.pretend, arguments.minutes, _card_name(device))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    threading.Thread(target=_watch, args=(run,), daemon=True).start()
 
     status = 0
     with tempfile.TemporaryDirectory(prefix="lk_backbones_gpu_", ignore_cleanup_errors=True) as name:
+        threading.Thread(target=_watch, args=(run, Path(name)), daemon=True).start()
         use_folders_of_our_own(Path(name))
         sections = None
         try:
@@ -405,8 +469,11 @@ def main() -> int:
             run.say(f"{run.content['machine']['card']}: its own rates")
             run.content["rates"] = measure_rates(sections.watch)
             run.say(gpu_report.rates_line(run.content["rates"]))
+            run.content["condition"]["beginning"] = measure_condition(sections.watch)
             run.save()
             sections.measure()
+            run.ending = True
+            run.content["condition"]["end"] = measure_condition(sections.watch)
             cut_short = any(own["left_out"] for own in run.content["sections"].values())
             run.content["state"] = "the time was up" if cut_short else "complete"
         except DeviceLost as lost:
@@ -421,13 +488,8 @@ def main() -> int:
                 sections.workers.close()
             with contextlib.suppress(Exception) if status else contextlib.nullcontext():
                 run.save(plots=True)
-    print("\n" + "\n".join(gpu_report.target_lines(run.content)))
-    print(f"{run.content['state']}; files: {stem}.json, {stem}.md" + (", plots" if list(_plots(stem)) else ""))
+    run.sum_up()
     return status
-
-
-def _plots(stem: Path) -> list[Path]:
-    return list(stem.parent.glob(f"{stem.name}_*.png"))
 
 
 if __name__ == "__main__":

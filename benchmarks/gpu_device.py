@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import os
@@ -13,13 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lk_backbones.ops import _cuda
+from lk_backbones.ops import _cuda, _paths
 
 FILL_BYTES = 2**28  # of the work that keeps a device busy while calls queue up behind it
 TURN_MS = 2.0  # of calls in a row, at least
+LOAD_MS = 1500.0  # of work for the card while the driver is asked how it is
 SLOW, SLOW_MS = 10.0, 5.0  # who takes so many times as long as the fastest, and so long at all, is timed once
 
 
@@ -56,6 +59,22 @@ def explain_failure(error: BaseException) -> str:
         gc.collect()
         torch.cuda.empty_cache()
     return text
+
+
+forbidden: set[str] = set()  # paths that nothing in this process takes any more
+
+
+def forbid(path: str) -> None:
+    """Let nothing in this process take a path any more, the tuner included."""
+    if not forbidden:
+        can_compute = _cuda.can_compute
+
+        def can_still_compute(wanted: str, *arguments: Any) -> bool:
+            return wanted not in forbidden and can_compute(wanted, *arguments)
+
+        _cuda.can_compute = can_still_compute
+    forbidden.add(path)
+    _paths._cached_plan.cache_clear()  # which may say so
 
 
 def free_memory() -> None:
@@ -251,16 +270,48 @@ def describe_device(device: torch.device) -> dict[str, object]:
         "cudnn": torch.backends.cudnn.version(),
     }
     try:
-        query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
-        # By its serial: CUDA counts only the cards that this process may see.
-        identity = getattr(properties, "uuid", None)
-        which = f"--id={device.index or 0}" if identity is None else f"--id=GPU-{identity}"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", which]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        facts |= dict(zip(query.split(","), (part.strip() for part in answer.strip().split(",")), strict=False))
+        facts |= _ask_driver(device, "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu")
     except (OSError, subprocess.SubprocessError) as error:
         facts["driver_version"] = f"unknown ({first_line(error)})"
     return facts
+
+
+def _ask_driver(device: torch.device, query: str) -> dict[str, str]:
+    """Return what nvidia-smi says of a card."""
+    # By its serial: CUDA counts only the cards that this process may see.
+    identity = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = f"--id={device.index or 0}" if identity is None else f"--id=GPU-{identity}"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", which]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    return dict(zip(query.split(","), (part.strip() for part in answer.strip().split(",")), strict=False))
+
+
+def measure_condition(watch: Stopwatch) -> dict[str, object]:
+    """Measure what a card that has become hot, or has met its power limit, does less well, and ask it why.
+
+    Returns:
+        TFLOP/s of products in bfloat16; clock, temperature, power and the driver's reasons to slow down, under load.
+    """
+    cuda = watch.device.type == "cuda"
+    try:
+        size = 8192 if cuda else 64
+        left, right = (torch.randn(size, size, device=watch.device, dtype=torch.bfloat16) for _ in range(2))
+        out = torch.empty_like(left)
+        multiply = functools.partial(torch.mm, left, right, out=out)
+        multiply()
+        best = min(watch.called(multiply, 5) for _ in range(7))
+        found: dict[str, object] = {"bfloat16": 2 * size**3 / best / 1e9}
+        if cuda:
+            for _ in range(round(LOAD_MS / best)):  # the driver is asked while the device is busy with these
+                multiply()
+            try:
+                found |= _ask_driver(watch.device, "clocks.sm,temperature.gpu,clocks_event_reasons.active,power.draw")
+            except (OSError, subprocess.SubprocessError) as error:
+                found["driver"] = first_line(error)
+            torch.cuda.synchronize()
+    except Exception as error:
+        return {"failed": explain_failure(error)}
+    return found
 
 
 def start_helper() -> torch.device:
@@ -268,9 +319,13 @@ def start_helper() -> torch.device:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--pretend", action="store_true")
+    parser.add_argument("--forbid", action="append", default=[], help="a path that must not be taken")
     arguments = parser.parse_args()
     if arguments.pretend:
         pretend()
+    for path in arguments.forbid:
+        forbid(path)
+    if arguments.pretend:
         return torch.device("cpu")
     device = torch.device("cuda", arguments.device)
     torch.cuda.set_device(device)
@@ -292,7 +347,7 @@ def pretend() -> None:
     clock is made up and lets it always choose ``"triton"``.
     ``TRITON_INTERPRET=1`` must have been set before Triton was imported.
     """
-    from lk_backbones.ops import _paths, _triton, _tuning
+    from lk_backbones.ops import _triton, _tuning
 
     configs = {name: _triton.Config(16, 32, 32, warps, 3) for warps, name in enumerate(PRETENDED_PATHS, start=1)}
     _triton.CONFIGS.clear()

@@ -85,28 +85,26 @@ class Setting:
         return grad_output, input, weight
 
 
+def tuned_among(kind: Kind, setting: Setting) -> list[str]:
+    """Paths that the tuner tries for a setting; none where it is never asked."""
+    if max(setting.kernel_size) < _cuda.SMALLEST_KERNEL:
+        return []
+    shape, kernel_size = _paths._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
+    return _cuda.candidates(kind, shape, kernel_size, DTYPES[setting.dtype], setting.channels_last, 0)
+
+
 def candidates(kind: Kind, setting: Setting) -> list[str]:
     """Every path that can compute a setting: those that the tuner tries and all other cuts of Triton's products."""
     shape, kernel_size = _paths._dense(setting.shape, (0, 0, *setting.kernel_size), (1, 1))
     dtype = DTYPES[setting.dtype]
-    paths = _cuda.candidates(kind, shape, kernel_size, dtype, setting.channels_last, 0)
-    kernels = _cuda._kernels()
-    if kernels is not None and max(setting.kernel_size) >= _cuda.SMALLEST_KERNEL:
+    if max(setting.kernel_size) < _cuda.SMALLEST_KERNEL:  # PyTorch's own are all there is for these
+        paths = _cuda.candidates(kind, shape, kernel_size, dtype, setting.channels_last, 0)
+        return [path for path in paths if path in PYTORCH]
+    paths, kernels = tuned_among(kind, setting), _cuda._kernels()
+    if kernels is not None and setting.dtype != "float32":  # whose products are cut in one way, whatever the name
         others = [name for name in kernels.CONFIGS if name not in paths]
         paths += [name for name in others if _cuda.can_compute(name, shape, kernel_size, dtype, 0)]
-    if max(setting.kernel_size) < _cuda.SMALLEST_KERNEL:  # PyTorch's own are all there is for these
-        paths = [path for path in paths if path in PYTORCH]
     return paths
-
-
-def forbid(path: str) -> None:
-    """Let nothing in this process take a path any more, the tuner included."""
-    can_compute = _cuda.can_compute
-
-    def can_still_compute(wanted: str, *arguments: Any) -> bool:
-        return wanted != path and can_compute(wanted, *arguments)
-
-    _cuda.can_compute = can_still_compute
 
 
 def compute(kind: Kind, path: str, operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -187,12 +185,15 @@ def check(
         ``kind``, ``path``, and ``error`` or ``failed``; of Triton's, registers and spilled values of new kernels.
     """
     with setting.rounding(), torch.no_grad():
+        wanted = {kind: [path for path in candidates(kind, setting) if (kind, path) not in without] for kind in kinds}
+        if not any(wanted.values()):
+            return
         operands = setting.operands(device)
-        for kind in kinds:
+        for kind, paths in wanted.items():
+            if not paths:
+                continue
             reference = Reference(kind, operands)
-            for path in candidates(kind, setting):
-                if (kind, path) in without:
-                    continue
+            for path in paths:
                 starting(kind, path)
                 known = _compiled_kernels()
                 found: dict[str, Any] = {"kind": kind, "path": path}
@@ -287,7 +288,7 @@ def measure(
         setting: What to compute.
         watch: Times it.
         rates: Of `gpu_device.measure_rates`.
-        checked: What `check` found, by result and path; results that are not in it are checked here.
+        checked: What `check` found elsewhere, by result and path; what is not in it is checked here.
         seconds: To spend on each result, about.
 
     Raises:
@@ -297,9 +298,14 @@ def measure(
     with setting.rounding(), torch.no_grad():
         for kind in KINDS:
             try:
-                found = checked.get(kind)
-                if found is None:
-                    found = {entry["path"]: entry for entry in check(setting, (kind,), watch.device, set())}
+                # Where several processes shared the card, memory may have been too small that one alone finds enough.
+                found = {
+                    path: entry
+                    for path, entry in checked.get(kind, {}).items()
+                    if "error" in entry or entry["failed"] != OUT_OF_MEMORY
+                }
+                settled = {(kind, path) for path in found}
+                found |= {entry["path"]: entry for entry in check(setting, (kind,), watch.device, settled)}
                 results[kind] = _measure_kind(kind, setting, watch, rates, found, seconds)
             except DeviceLost:
                 raise
@@ -324,10 +330,7 @@ def _measure_kind(
     seconds: float,
 ) -> dict[str, Any]:
     operands = setting.operands(watch.device)
-    # Where several processes shared the card, memory may have been too small that one alone finds large enough.
-    failed = {
-        path: entry["failed"] for path, entry in checked.items() if entry.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY
-    }
+    failed = {path: entry["failed"] for path, entry in checked.items() if "failed" in entry}
     paths = [path for path in candidates(kind, setting) if path not in failed]
     runs: dict[str, Callable[[], object]] = {path: functools.partial(compute, kind, path, operands) for path in paths}
     runs["ours"] = functools.partial(compute_as_users_do, kind, operands)
@@ -341,7 +344,8 @@ def _measure_kind(
         entry["tflops"] = flops / median / 1e9
         roofline = bounds["roofline_ms"]
         entry["share_of_roofline"] = None if roofline is None else roofline / median
-        entry |= {name: checked[path][name] for name in ("error", "kernels") if name in checked.get(path, {})}
+        if path != "ours":
+            entry |= {name: checked[path][name] for name in ("error", "kernels")}
         entries[path] = entry
     return {
         "useful_gflop": flops / 1e9,
@@ -349,6 +353,7 @@ def _measure_kind(
         **bounds,
         "chosen": getattr(plan, kind),
         "reason": plan.reason,
+        "tuned_among": tuned_among(kind, setting),
         "ours": entries.pop("ours", None),
         "paths": entries,
         "failed": {**failed, **failures},
