@@ -206,8 +206,8 @@ class PackedConv2d(_Packed, nn.Conv2d):
     that can use it and made anew when the weight has changed or was trained, but for a change through ``weight.data``,
     which PyTorch does not count, and when autocast is turned on or off. Calls can use it in float32, and in bfloat16 or
     under its autocast where the processor has AVX512-BF16 or AMX; channels_last, no gradient wanted. State dict, copies
-    and pickles are as without it. Where the copy cannot be used, the layer computes what its parts would. `pack` makes
-    one of an existing layer.
+    and pickles are as without it. Where the copy cannot be used, the layer computes what its parts would. How an input
+    is computed is decided anew when anything differs from the last one. `pack` makes one of an existing layer.
 
     Args:
         *args: As ``nn.Conv2d``.

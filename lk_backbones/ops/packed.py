@@ -153,7 +153,8 @@ def packed_conv2d(
         ``(N, O, H', W')``, of the packed weight's dtype, channels_last. No gradient flows through it.
     """
     if packed.dim() == 2:
-        return packed_linear(input.permute(0, 2, 3, 1), packed, bias, activation).permute(0, 3, 1, 2)
+        rows = input.permute(0, 2, 3, 1).to(packed.dtype)
+        return linear_pointwise(rows, packed, bias, activation).permute(0, 3, 1, 2)
     return convolution_pointwise(
         input.to(packed.dtype), packed, bias, list(padding), list(stride), list(dilation), groups, activation=activation
     )
