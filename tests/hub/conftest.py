@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import logging as hub_logging
 
+from lk_backbones.weights import download
 from tests.hub.server import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ def forget_sessions() -> None:
 def client(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Point the client in this process to the server, as HF_ENDPOINT does at its import; returns the empty cache."""
     cache = tmp_path / "cache"
+    download._listing.cache_clear()  # another test's server may have had this one's port, and lied
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     # older clients make it once, at import
