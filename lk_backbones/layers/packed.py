@@ -68,7 +68,6 @@ class _Copies:
     plain: _Copy | None = None
     direct: _Copy | None = None
     bands: _Copy | None = None
-    width: int = 0
     shape: tuple[int, ...] = ()
     shortcut: _Shortcut | None = None
 
@@ -132,7 +131,7 @@ class _Packed(nn.Module):
         self._packed = _Copies()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map an input to what the layer without a packed weight and the activation would, of the same shape."""
+        """Map ``(N, C, H, W)``, or ``(*, C)`` in a linear layer, to what the plain layer and the activation would."""
         if torch.jit.is_scripting():
             return self._plain_forward(input)
         else:  # the else keeps TorchScript's compiler from looking inside
@@ -362,9 +361,8 @@ class PackedDepthwiseConv2d(PackedConv2d, DepthwiseConv2d):
     def _packed_bands(self, weight: Tensor, shape: torch.Size) -> Tensor | None:
         """Return the band matrices for maps of that width, or ``None`` if they are for another one."""
         width, copies = shape[3], self._packed
-        last, copies.width = copies.width, width
         source, copy = (weight.data_ptr(), weight._version, width), copies.bands
-        if copy is not None and copy[1][2] != width != last:
+        if copy is not None and copy[1][2] != width and copies.shape[3:] != (width,):
             return None
         if copy is None or copy[0] is not weight or copy[1] != source:
             copies.bands = copy = weight, source, pack_bands(weight, shape)

@@ -141,18 +141,17 @@ def measured_plan(
     plan = plan_for(input, weight, dilation, method, device, packed)
     if device != "cuda" or _is_trivial(input, weight, dilation):
         return plan
-    if not _measuring_counts(resolve_method(method)):
-        problems = (_problem(kind, input, weight, dilation) for kind in KINDS)
-        known = ((problem, _cuda.tuner.known.get(problem)) for problem in problems)
-        planned: dict[str, Any] = {
-            problem.kind: _planned_path(problem, choice, input, weight, dilation, method) for problem, choice in known
-        }
-        return replace(plan, **planned)
-    choices = {}
+    counts = _measuring_counts(resolve_method(method))
+    choices: dict[str, Choice] = {}
+    planned: dict[str, Any] = {}
     for kind in KINDS:
         problem = _problem(kind, input, weight, dilation)
-        if (choice := _cuda.tuner.look_up(problem, _can_compute(problem))) is not None:
+        choice = _cuda.tuner.look_up(problem, _can_compute(problem)) if counts else _cuda.tuner.known.get(problem)
+        if counts and choice is not None:
             choices[kind] = choice
+        else:
+            planned[kind] = _planned_path(problem, choice, input, weight, dilation, method)
+    plan = replace(plan, **planned)
     if not choices:
         return plan
     reason = f"measured on {_cuda.device_name(_index(input))}"

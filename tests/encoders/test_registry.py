@@ -183,8 +183,9 @@ def test_packed_weights_give_the_same_outputs(small_encoder: str) -> None:
     packed = lk_backbones.prepack_weights(model)
     with torch.inference_mode():
         for size in ((64, 96), (96, 32)):
-            x = torch.randn(2, 3, *size)
-            assert_golden(packed(x), model(x), 1e-4)
+            for _ in range(3):  # from the third input of a size on, layers know how they compute it
+                x = torch.randn(2, 3, *size)
+                assert_golden(packed(x), model(x), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -283,7 +283,9 @@ def test_a_path_that_crashes_is_never_adopted(pretended_gpu, monkeypatch):
     assert close(step(tensors), expected(tensors))
     assert close(step(tensors, method="rule"), expected(tensors))
     assert explain(*tensors[:2], method="rule").forward == "native"
-    (depthwise_conv2d(*operands(torch.float16)) * 0).sum().backward()
+    halves = operands(torch.float16)
+    (depthwise_conv2d(*halves) * 0).sum().backward()
+    assert explain(*halves[:2]).backward == "native"  # as it was computed, although nothing could be measured
     torch.use_deterministic_algorithms(True)
     assert close(step(tensors), expected(tensors))
     torch.use_deterministic_algorithms(False)
@@ -319,6 +321,17 @@ def test_where_nothing_can_be_compared_with_the_rule_decides(pretended_gpu, monk
         assert close([depthwise_conv2d(*tensors)], exact)
     assert len(tried) == 2  # once by each
     assert caplog.text.count("nothing could be measured for Pretended Card (9.0)") == 1
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this PyTorch has no error of its own for it")
+@pytest.mark.parametrize("broken", ["reference", "candidate"])
+def test_a_lost_device_is_no_matter_of_choice(pretended_gpu, monkeypatch, broken):
+    def lose(*arguments, **options):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(*((_operators, "native") if broken == "reference" else (_triton, "convolve")), lose)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        depthwise_conv2d(*operands())
 
 
 def test_a_triton_without_a_compiler_is_done_without(monkeypatch, caplog):

@@ -185,6 +185,7 @@ def test_what_only_gpus_have_leaves_the_cpu_its_rule(method):
 
 def test_other_devices_keep_their_own_operator():
     assert plan((8, 128, 56, 56), 31, device="mps").forward == "native"
+    assert plan((8, 128, 56, 56), 31, device="mps", method="rule").forward == "native"
 
 
 @pytest.mark.parametrize("method", ["direct", "fft", "native"])

@@ -1,5 +1,6 @@
 """The kernels for GPUs against float64 convolution: on a GPU as they are, elsewhere through Triton's interpreter."""
 
+import inspect
 import itertools
 import json
 import math
@@ -251,6 +252,15 @@ def test_tiles_cover_the_map_and_windows_every_tap(height, width, kernel, config
         steps = -(-(end - start) // tiling.window_columns)
         assert low <= start - first - (tiling.columns - 1) + half
         assert start - first + steps * tiling.window_columns - 1 + half <= high
+
+
+def test_sizes_share_kernels():
+    kernels = (_triton._copy_kernel, _triton._convolve_kernel, _triton._toeplitz_gradient_kernel, _triton._sum_kernel)
+    parameters = [set(inspect.signature(kernel.fn).parameters) for kernel in kernels]
+    assert set(_triton.VARYING) <= set.union(*parameters)  # else Triton would be told nothing
+    wide = ("weight_gradient", (64, 64, 56, 56))
+    assert "triton-wide" not in _triton.worth_timing(*wide, torch.float32, "tf32")
+    assert "triton-wide" in _triton.worth_timing(*wide, torch.bfloat16, "ieee")
 
 
 def test_what_is_supported():

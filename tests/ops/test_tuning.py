@@ -108,6 +108,24 @@ def test_the_smallest_numbers_tell_nothing(file, scale, decided):
     assert (tuner(file, clock).measure(problem(), results, ["native"]) is not None) == decided
 
 
+@pytest.mark.parametrize(
+    ("failure", "lasting"),
+    [
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (NotImplementedError("no kernel"), True),
+        (RuntimeError("Failed to find C compiler"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+    ids=str,
+)
+def test_only_failures_that_last_are_remembered(file, failure, lasting):
+    ours = tuner(file, Clock(native=1.0))
+    choice = ours.measure(problem(), candidates(native=RESULT, other=failure), ["native"])
+    assert list(choice.rejected) == ["other"]
+    assert tuner(file, Clock()).look_up(problem()) == (choice if lasting else None)
+    assert ("other" in ours.broken) == (str(failure) == "Failed to find C compiler")
+
+
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_wrong_numbers_are_remembered_only_if_ordinary_operands_give_them_too(file, confirmed):
     clock = Clock(native=10.0, quick=1.0)
